@@ -1,0 +1,329 @@
+#include "propagate.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+#include <unordered_set>
+
+#include "rules.h"
+
+namespace stamp_fast {
+namespace {
+
+constexpr int kMaxPasses = 64;
+
+bool all_frozen(const UnionFind& classes, const std::vector<int32_t>& ids) {
+  return std::all_of(ids.begin(), ids.end(), [&](int32_t id) { return classes.frozen(id); });
+}
+
+void count_uses(const Value& value, std::vector<int32_t>& counts) {
+  if (value.is_tensor()) ++counts[value.integer];
+  for (const Value& item : value.list) count_uses(item, counts);
+}
+
+std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int k = static_cast<int>(sizes.size()) - 2; k >= 0; --k) strides[k] = strides[k + 1] * sizes[k + 1];
+  return strides;
+}
+
+}  // namespace
+
+Propagator::Propagator(const Record& record) : record_(record) {
+  const size_t n = record.tensors.size();
+  labels_.resize(n);
+  origins_.resize(n);
+  use_count_.resize(n, 0);
+  events_.push_back({"constant", -1});
+  for (const Op& op : record.ops)
+    for (const Value& arg : op.args) count_uses(arg, use_count_);
+  for (const int32_t t : record.outputs) ++use_count_[t];
+
+  slot_labels_.resize(record.num_slots);
+  for (int32_t slot = 0; slot < record.num_slots; ++slot) {
+    Origin origin{slot, {}};
+    for (const int64_t size : shape(slot)) {
+      origin.dims.push_back(static_cast<int>(origin.dims.size()));
+      Axis axis;
+      if (size > 1) {
+        std::vector<int32_t> ids(size);
+        const int32_t first = classes_.fresh(size);
+        for (int64_t i = 0; i < size; ++i) ids[i] = first + static_cast<int32_t>(i);
+        axis.layers.push_back(make_ids(std::move(ids)));
+      }
+      slot_labels_[slot].push_back(std::move(axis));
+    }
+    origins_[slot] = std::move(origin);
+  }
+}
+
+void Propagator::run() {
+  survey_split_sites();
+  for (const int32_t slot : record_.pinned)
+    for (const Axis& axis : slot_labels_[slot]) freeze(axis, "shares memory with a tensor outside the parameters");
+  for (int32_t slot = 0; slot < record_.num_slots; ++slot)
+    if (use_count_[slot] == 0)
+      for (const Axis& axis : slot_labels_[slot]) freeze(axis, "unused in this forward");
+  for (int count = 0; count < kMaxPasses; ++count) {
+    changed_ = false;
+    pass();
+    if (changed_) continue;
+    if (strict_) return;
+    strict_ = true;
+  }
+  throw std::runtime_error("channel graph: no fixpoint after 64 passes");
+}
+
+void Propagator::pass() {
+  reads_.clear();
+  derived_.clear();
+  producers_.clear();
+  for (size_t t = 0; t < labels_.size(); ++t) labels_[t] = Labels(record_.tensors[t].shape.size());
+  std::copy(slot_labels_.begin(), slot_labels_.end(), labels_.begin());
+  for (size_t i = 0; i < record_.ops.size(); ++i) {
+    current_ = static_cast<int32_t>(i);
+    apply_rule(*this, record_.ops[i]);
+  }
+  current_ = -1;
+  for (const int32_t t : record_.outputs) freeze_all(t, "output of the model");
+}
+
+// Attention contracts two activations over the head width. Where a reshape made that axis, the heads must survive,
+// and this has to be known before anything is tied: unions cannot be taken back.
+void Propagator::survey_split_sites() {
+  const bool has_attention = std::any_of(record_.ops.begin(), record_.ops.end(), [](const Op& op) {
+    return op.name.find("bmm") != std::string::npos;
+  });
+  if (!has_attention) return;
+  const UnionFind classes = classes_;
+  const size_t events = events_.size();
+  surveying_ = true;
+  for (int count = 0; count < 2; ++count) pass();
+  surveying_ = false;
+  // Only the verdict on the sites is kept.
+  classes_ = classes;
+  events_.resize(events);
+  fresh_.clear();
+}
+
+Axis Propagator::axis(int32_t tensor, int dim) const {
+  const Axis& stored = labels_[tensor][dim];
+  if (stored.layers.empty()) return stored;
+  Axis live;
+  live.site = stored.site;
+  live.site_axis = stored.site_axis;
+  for (const Ids& layer : stored.layers)
+    if (!all_frozen(classes_, *layer)) live.layers.push_back(layer);
+  return live;
+}
+
+Labels Propagator::labels_of(int32_t tensor) const {
+  Labels labels;
+  for (int d = 0; d < rank(tensor); ++d) labels.push_back(axis(tensor, d));
+  return labels;
+}
+
+void Propagator::freeze(const Axis& axis, const std::string& reason) {
+  int32_t event = -1;
+  for (const Ids& layer : axis.layers)
+    for (const int32_t id : *layer) {
+      if (classes_.frozen(id)) continue;
+      if (event < 0) {
+        event = static_cast<int32_t>(events_.size());
+        events_.push_back({reason, current_});
+      }
+      changed_ |= classes_.freeze(id, event);
+    }
+}
+
+void Propagator::freeze_all(int32_t tensor, const std::string& reason) {
+  for (const Axis& axis : labels_[tensor]) freeze(axis, reason);
+}
+
+Axis Propagator::join(const Axis& a, const Axis& b) {
+  if (a.unknown() && a.layers.empty()) return b;
+  if (b.unknown() && b.layers.empty()) return a;
+  if (a.rigid() && b.rigid()) return a;
+  if (a.rigid() || b.rigid()) {
+    freeze(a.rigid() ? b : a, "combined elementwise with a tensor whose size cannot change");
+    return {};
+  }
+  if (a.layers.size() != b.layers.size()) {
+    // Kernel dims turn out frozen in the first pass and drop out; only what is still unmatched afterwards is frozen.
+    if (!strict_) return a.layers.size() < b.layers.size() ? a : b;
+    freeze(a, "two differently folded sets of channels meet in one dimension");
+    freeze(b, "two differently folded sets of channels meet in one dimension");
+    return {};
+  }
+  for (size_t k = 0; k < a.layers.size(); ++k) {
+    if (a.layers[k] == b.layers[k]) continue;
+    const auto& left = *a.layers[k];
+    const auto& right = *b.layers[k];
+    for (size_t i = 0; i < left.size(); ++i) changed_ |= classes_.unite(left[i], right[i]);
+  }
+  return a;
+}
+
+void Propagator::contract(const Axis& a, const Axis& b) {
+  if ((a.unknown() && a.layers.empty()) || (b.unknown() && b.layers.empty())) return;
+  if (a.rigid() && b.rigid()) return;
+  if (a.rigid() || b.rigid()) {
+    freeze(a.rigid() ? b : a, "multiplied with a tensor whose size cannot change");
+    return;
+  }
+  join(a, b);
+}
+
+Axis Propagator::tie_pieces(const Axis& axis, int64_t stride) {
+  Axis piece;
+  for (const Ids& layer : axis.layers) {
+    std::vector<int32_t> first(layer->begin(), layer->begin() + stride);
+    for (size_t i = stride; i < layer->size(); ++i) changed_ |= classes_.unite((*layer)[i], first[i % stride]);
+    piece.layers.push_back(make_ids(std::move(first)));
+  }
+  return piece;
+}
+
+Axis Propagator::tie_runs(const Axis& axis, int64_t length) {
+  Axis runs;
+  for (const Ids& layer : axis.layers) {
+    std::vector<int32_t> first;
+    for (size_t i = 0; i < layer->size(); ++i) {
+      if (i % length == 0) first.push_back((*layer)[i]);
+      changed_ |= classes_.unite((*layer)[i], first.back());
+    }
+    runs.layers.push_back(make_ids(std::move(first)));
+  }
+  return runs;
+}
+
+Axis Propagator::fresh(int output, int dim, int64_t size) {
+  if (size <= 1) return {};
+  Ids& ids = fresh_[{current_, output, dim}];
+  if (!ids) {
+    const int32_t first = classes_.fresh(size);
+    std::vector<int32_t> made(size);
+    for (int64_t i = 0; i < size; ++i) made[i] = first + static_cast<int32_t>(i);
+    ids = make_ids(std::move(made));
+  }
+  Axis axis;
+  axis.layers.push_back(ids);
+  return axis;
+}
+
+Labels Propagator::reshape(int32_t tensor, const std::vector<int64_t>& to) {
+  const std::vector<int64_t>& from = shape(tensor);
+  Labels result(to.size());
+  for (const ReshapeBlock& block : reshape_blocks(from, to)) {
+    if (block.from.size() == 1 && block.to.size() == 1) {
+      result[block.to[0]] = axis(tensor, block.from[0]);
+      continue;
+    }
+    std::vector<int64_t> grid;  // sizes of the old dims
+    for (const int d : block.from) grid.push_back(from[d]);
+    std::vector<int64_t> sizes;
+    for (const int d : block.to) sizes.push_back(to[d]);
+    const std::vector<int64_t> strides = strides_of(grid);
+    const int64_t total = strides[0] * grid[0];
+    std::vector<Axis> pieces(block.to.size());
+    for (size_t k = 0; k < block.from.size(); ++k) {
+      const Axis source = axis(tensor, block.from[k]);
+      if (source.unknown() && source.layers.empty())
+        for (Axis& piece : pieces) piece.site = source.site, piece.site_axis = -1;
+      for (const Ids& layer : source.layers) {
+        std::vector<int32_t> ids(total);
+        for (int64_t p = 0; p < total; ++p) ids[p] = (*layer)[(p / strides[k]) % grid[k]];
+        reduce(ids, sizes, pieces);
+      }
+    }
+    for (size_t j = 0; j < pieces.size(); ++j) result[block.to[j]] = std::move(pieces[j]);
+  }
+  return result;
+}
+
+// One layer of ids over a grid of dims, brought down to a layer on a single dim; it is added to `into`.
+void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64_t>& sizes, std::vector<Axis>& into) {
+  const auto total = static_cast<int64_t>(ids.size());
+  std::vector<int32_t> roots(total);
+  for (int64_t p = 0; p < total; ++p) roots[p] = classes_.live_root(ids[p]);
+  const std::vector<int64_t> strides = strides_of(sizes);
+  std::vector<int> varying;
+  for (size_t j = 0; j < sizes.size(); ++j) {
+    bool constant = true;
+    for (int64_t p = 0; p < total && constant; ++p)
+      constant = (p / strides[j]) % sizes[j] == 0 || roots[p] == roots[p - strides[j]];
+    if (!constant) varying.push_back(static_cast<int>(j));
+  }
+  Axis axis;
+  if (varying.empty()) {
+    axis.layers.push_back(make_ids({ids[0]}));
+    freeze(axis, "all channels of the dimension depend on each other");
+    return;
+  }
+  int survivor = varying[0];
+  if (varying.size() > 1) {
+    if (surveying_) {
+      for (const int j : varying) {
+        into[j].site = current_;
+        into[j].site_axis = j;
+      }
+      return;
+    }
+    const auto known = survivor_.find(current_);
+    survivor = known != survivor_.end() ? known->second : choose_survivor(roots, sizes, varying);
+    survivor_[current_] = survivor;
+  }
+  std::vector<int32_t> kept(sizes[survivor], -1);
+  for (int64_t p = 0; p < total; ++p) {
+    int32_t& first = kept[(p / strides[survivor]) % sizes[survivor]];
+    if (first < 0) first = ids[p];
+    else changed_ |= classes_.unite(first, ids[p]);
+  }
+  into[survivor].layers.push_back(make_ids(std::move(kept)));
+}
+
+int Propagator::choose_survivor(const std::vector<int32_t>& roots, const std::vector<int64_t>& sizes,
+                                const std::vector<int>& candidates) {
+  const std::vector<int64_t> strides = strides_of(sizes);
+  const auto contracted = contracted_.find(current_);
+  int best = -1;
+  size_t most = 0;
+  for (const int j : candidates) {
+    if (contracted != contracted_.end() && contracted->second == j) continue;
+    std::vector<uint64_t> slices(sizes[j], 1469598103934665603ULL);
+    for (size_t p = 0; p < roots.size(); ++p) {
+      uint64_t& hash = slices[(p / strides[j]) % sizes[j]];
+      hash = (hash ^ static_cast<uint64_t>(roots[p])) * 1099511628211ULL;
+    }
+    const size_t distinct = std::unordered_set<uint64_t>(slices.begin(), slices.end()).size();
+    if (distinct > most) {
+      most = distinct;
+      best = j;
+    }
+  }
+  return best < 0 ? candidates.front() : best;
+}
+
+void Propagator::mark_contracted(const Axis& a, const Axis& b) {
+  if (!surveying_ || a.site_axis < 0 || b.site_axis < 0) return;
+  contracted_[a.site] = a.site_axis;
+  contracted_[b.site] = b.site_axis;
+}
+
+void Propagator::read(int32_t tensor, int dim, bool exact) {
+  if (!axis(tensor, dim).layers.empty()) reads_.push_back({current_, tensor, dim, exact});
+}
+
+void Propagator::produce(int32_t tensor, int dim) {
+  const Origin& origin = origins_[tensor];
+  if (origin.slot >= 0) producers_.emplace_back(origin.slot, origin.dims[dim]);
+}
+
+int Propagator::distinct_classes(const Axis& axis) const {
+  std::set<int32_t> roots;
+  for (const Ids& layer : axis.layers)
+    for (const int32_t id : *layer) roots.insert(classes_.live_root(id));
+  return static_cast<int>(roots.size());
+}
+
+}  // namespace stamp_fast

@@ -1,0 +1,42 @@
+// What a trace hands to the channel graph: tensors, operator calls and their arguments. No torch here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace stamp_fast {
+
+// One operator argument, in schema order; defaults are already filled in by the tracer.
+struct Value {
+  enum class Kind { kNone, kBool, kInt, kFloat, kString, kTensor, kList };
+  Kind kind = Kind::kNone;
+  int64_t integer = 0;  // kBool, kInt, and the tensor index for kTensor
+  double real = 0.0;
+  std::string text;
+  std::vector<Value> list;
+
+  bool is_tensor() const { return kind == Kind::kTensor; }
+  bool is_none() const { return kind == Kind::kNone; }
+};
+
+struct TensorInfo {
+  std::vector<int64_t> shape;
+};
+
+struct Op {
+  std::string name;         // "aten.add_.Tensor"
+  std::vector<Value> args;  // in schema order
+  std::vector<int32_t> outs;
+};
+
+struct Record {
+  std::vector<TensorInfo> tensors;
+  std::vector<Op> ops;
+  int32_t num_slots = 0;  // tensors [0, num_slots) are the model's parameters and buffers
+  std::vector<bool> is_parameter;  // per slot
+  std::vector<int32_t> outputs;
+  std::vector<int32_t> pinned;  // slots that something outside the trace aliases
+};
+
+}  // namespace stamp_fast

@@ -1,0 +1,190 @@
+"""What a choice of channels means for every parameter, buffer and module attribute of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..ops import pack_weights
+
+if TYPE_CHECKING:
+    from .graph import ChannelGraph
+
+
+@dataclasses.dataclass
+class Plan:
+    """Per slot the positions that stay along each dim (None: all), and the attributes that change with them."""
+
+    graph: ChannelGraph
+    keep: torch.Tensor
+    kept: list[list[torch.Tensor | None]]
+    attributes: list[tuple[nn.Module, str, Any]]
+
+    def shrinks(self, slot: int) -> bool:
+        return any(index is not None for index in self.kept[slot])
+
+    def shape(self, slot: int) -> tuple[int, ...]:
+        old = self.graph.recording.shapes[slot]
+        return tuple(n if i is None else i.numel() for n, i in zip(old, self.kept[slot], strict=True))
+
+    def gather(self, slot_of: list[int], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The live part of `tensors[i]`, which is shaped like slot `slot_of[i]`. One operator call for all."""
+        return _pack(tensors, [self.kept[s] for s in slot_of])
+
+    @contextlib.contextmanager
+    def virtual(self, scale: torch.Tensor | None = None) -> Iterator[None]:
+        """Swaps every parameter for its packed, scaled live part and sets the attributes; undone at exit."""
+        slots = self.graph.slots
+        scales = [None if scale is None else self._reader_scale(i, scale) for i in range(len(slots))]
+        cut = [i for i in range(len(slots)) if self.shrinks(i) or scales[i] is not None]
+        tensors = [slots[i].tensor for i in cut]
+        packed = _pack(tensors, [self.kept[i] for i in cut], [scales[i] for i in cut])
+        replacement = dict(zip(cut, packed, strict=True))
+        for i, slot in enumerate(slots):
+            if not slot.is_parameter and i not in replacement:
+                replacement[i] = slot.tensor.clone()
+        with swapped(self, replacement):
+            yield
+
+    def _reader_scale(self, slot: int, scale: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+        """The dim by which this parameter reads channels and the factor of each live position, if it reads any."""
+        dim = self.graph.reader_dim(slot)
+        if dim is None:
+            return None
+        axis = self.graph.slots[slot].axes[dim]
+        index = self.kept[slot][dim]
+        live = (axis if index is None else axis[index]).to(scale.device)
+        if bool((live >= 0).all()):
+            return dim, scale[live]
+        return dim, torch.where(live >= 0, scale[live.clamp(min=0)], torch.ones_like(scale[:1]))
+
+
+def _pack(
+    tensors: list[torch.Tensor],
+    kept: list[list[torch.Tensor | None]],
+    scales: list[tuple[int, torch.Tensor] | None] | None = None,
+) -> list[torch.Tensor]:
+    """One `pack_weights` call, with plain tensor operators for what it does not take: a dim beyond the second, a
+    factor along another dim than its own, a dtype without a kernel.
+    """
+    tensors = list(tensors)
+    rows, cols, factors, late = [], [], [], {}
+    for i, tensor in enumerate(tensors):
+        index = [None if k is None else k.to(tensor.device) for k in kept[i]]
+        native = tensor.is_floating_point() and tensor.dim() > 0
+        for dim in range(2 if native else 0, tensor.dim()):
+            if index[dim] is not None:
+                tensor = tensor.index_select(dim, index[dim])
+                index[dim] = None
+        tensors[i] = tensor
+        factor = None
+        if scales is not None and scales[i] is not None:
+            dim, factor = scales[i]
+            factor = factor.to(tensor.dtype)
+            if dim != min(1, tensor.dim() - 1):
+                late[i] = factor.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+                factor = None
+        rows.append(index[0] if index else None)
+        cols.append(index[1] if len(index) > 1 else None)
+        factors.append(factor)
+    native = [i for i, t in enumerate(tensors) if t.is_floating_point() and t.dim() > 0]
+    packed = pack_weights(*([values[i] for i in native] for values in (tensors, rows, cols, factors)))
+    for i, tensor in zip(native, packed, strict=True):
+        tensors[i] = tensor * late[i] if i in late else tensor
+    return tensors
+
+
+@contextlib.contextmanager
+def swapped(plan: Plan, replacement: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Puts the tensors in the place of the slots they are given for and sets the attributes; undone at exit."""
+    undo: list[tuple[dict, str, Any]] = []
+    try:
+        for i, slot in enumerate(plan.graph.slots):
+            if i not in replacement:
+                continue
+            for module, key in slot.owners:
+                table = module._parameters if slot.is_parameter else module._buffers
+                undo.append((table, key, table[key]))
+                table[key] = replacement[i]
+        with attributes_set(plan.attributes):
+            yield
+    finally:
+        for table, key, tensor in reversed(undo):
+            table[key] = tensor
+
+
+@contextlib.contextmanager
+def attributes_set(attributes: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    undo = [(module, name, getattr(module, name)) for module, name, _ in attributes]
+    try:
+        for module, name, value in attributes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in reversed(undo):
+            setattr(module, name, value)
+
+
+def make(graph: ChannelGraph, keep: torch.Tensor) -> Plan:
+    kept: list[list[torch.Tensor | None]] = []
+    for slot in graph.slots:
+        per_dim: list[torch.Tensor | None] = []
+        for axis in slot.axes:
+            if axis is None:
+                per_dim.append(None)
+                continue
+            live = (axis < 0) | keep[axis.clamp(min=0)]
+            per_dim.append(None if live.all() else live.nonzero().flatten())
+        kept.append(per_dim)
+    plan = Plan(graph, keep, kept, [])
+    plan.attributes = _attributes(graph, plan)
+    return plan
+
+
+def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:
+    """New widths of torch's own layers, from their parameters; sizes without a parameter from the calls they made."""
+    new_shape = {}
+    for i, slot in enumerate(graph.slots):
+        for module, key in slot.owners:
+            new_shape[id(module), key] = plan.shape(i)
+    scalars: dict[str, dict[int, int]] = {}
+    for op, arg, value in graph._core.scalar_args(graph._bytes(plan.keep)):
+        scalars.setdefault(graph.recording.calls[op].module, {})[arg] = value
+
+    changes = []
+    for name, module in graph.model.named_modules():
+        weight = new_shape.get((id(module), "weight"))
+        for attribute, value in _widths(module, weight, scalars.get(name, {}), new_shape).items():
+            if getattr(module, attribute) != value:
+                changes.append((module, attribute, value))
+    return changes
+
+
+def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], new_shape: dict) -> dict[str, Any]:
+    if isinstance(module, _ConvNd) and weight is not None:
+        groups = scalars.get(8, module.groups) if module.groups > 1 else 1
+        if isinstance(module, _ConvTransposeNd):
+            return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}
+        return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
+    if isinstance(module, nn.Linear) and weight is not None:
+        return {"in_features": weight[1], "out_features": weight[0]}
+    if isinstance(module, _NormBase):
+        shape = weight or new_shape.get((id(module), "running_mean"))
+        return {} if shape is None else {"num_features": shape[0]}
+    if isinstance(module, nn.GroupNorm):
+        channels = weight[0] if weight is not None else scalars.get(4, module.num_channels)
+        return {"num_channels": channels, "num_groups": scalars.get(6, module.num_groups)}
+    if isinstance(module, nn.LayerNorm) and weight is not None:
+        return {"normalized_shape": tuple(weight)}
+    if isinstance(module, nn.PReLU) and weight is not None:
+        return {"num_parameters": weight[0]}
+    if isinstance(module, nn.Embedding) and weight is not None:
+        return {"num_embeddings": weight[0], "embedding_dim": weight[1]}
+    return {}

@@ -1,0 +1,382 @@
+"""Runs a model once on meta tensors and records every ATen operator (DESIGN 3.1). The model is left as found."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ..errors import TraceError
+
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+_OWN_DIR = os.path.dirname(os.path.dirname(__file__))
+_BATCH = 2
+
+
+class Ref(int):
+    """Index of a tensor among an operator's recorded arguments."""
+
+
+@dataclasses.dataclass
+class Call:
+    """One operator call: arguments in schema order, tensors replaced by `Ref`."""
+
+    name: str
+    args: tuple
+    outs: list[int]
+    module: str
+    source: str
+
+    def __str__(self) -> str:
+        where = f" in module '{self.module}'" if self.module else ""
+        return f"{self.name}{where} at {self.source}"
+
+
+@dataclasses.dataclass
+class Recording:
+    """What one or more forwards of a model did. Tensors [0, len(slots)) are its parameters and buffers."""
+
+    slots: list[str]
+    shapes: list[tuple[int, ...]]
+    calls: list[Call]
+    outputs: list[int]
+    pinned: list[int]
+    has_train_pass: bool = False
+
+
+def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer once, by its first name."""
+    named = dict(model.named_parameters())
+    named.update(model.named_buffers())
+    return named
+
+
+def batch_of_two(example: Any) -> Any:
+    """The example on the meta device, its first dim brought to 2: 1 would hide a batch that absorbs channels."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = (_BATCH, *value.shape[1:]) if value.dim() else ()
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return tree_map(convert, example)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restores whatever a forward may change: flags, caches in modules' __dict__, RNG, attention switches."""
+    saved = []
+    for module in model.modules():
+        contents = {k: v.copy() for k, v in module.__dict__.items() if isinstance(v, (dict, list, set))}
+        saved.append((module, dict(module.__dict__), contents))
+    rng = torch.get_rng_state()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.no_grad(),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.set_rng_state(rng)
+        for module, attributes, contents in saved:
+            for key, container in contents.items():
+                _restore_container(attributes[key], container)
+            _restore_container(module.__dict__, attributes)
+
+
+def _restore_container(value: Any, saved: Any) -> None:
+    if isinstance(value, list):
+        value[:] = saved
+    elif isinstance(value, set):
+        if value != saved:
+            value.clear()
+            value.update(saved)
+    elif list(value) != list(saved) or any(value[k] is not saved[k] for k in saved):
+        value.clear()
+        value.update(saved)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sends every operator to meta tensors and writes it down."""
+
+    def __init__(self, recording: Recording, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.recording = recording
+        self.modules: list[str] = []
+        self._index: dict[int, int] = {}
+        self._twins: dict[int, torch.Tensor] = {}
+        self._alive: list[torch.Tensor] = []
+        self._real: set[int] = set()
+        self._storages = {}
+        for position, tensor in enumerate(tensors.values()):
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self._adopt(tensor, twin, position)
+            if tensor.device.type != "meta":
+                self._storages[tensor.untyped_storage().data_ptr()] = position
+
+    def _adopt(self, tensor: torch.Tensor, twin: torch.Tensor, position: int) -> None:
+        self._index[id(tensor)] = position
+        self._index[id(twin)] = position
+        self._twins[id(tensor)] = twin
+        self._alive += [tensor, twin]
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Index of a tensor that no recorded operator has made."""
+        position = len(self.recording.shapes)
+        self.recording.shapes.append(tuple(tensor.shape))
+        self._index[id(tensor)] = position
+        self._alive.append(tensor)
+        return position
+
+    def index_of(self, tensor: torch.Tensor) -> int | None:
+        return self._index.get(id(tensor))
+
+    def _to_meta(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device.type == "meta":
+            if id(value) not in self._index:
+                self.add(value)
+            return value
+        twin = self._twins.get(id(value))
+        if twin is None:
+            position = self._index.get(id(value))
+            if position is None:
+                position = self.add(value)
+                owner = self._storages.get(value.untyped_storage().data_ptr())
+                if owner is not None:
+                    self.recording.pinned.append(owner)
+            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            self._adopt(value, twin, position)
+        return twin
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        flat = _tensors_in(args) + _tensors_in(kwargs)
+        if all(t.device.type != "meta" and id(t) not in self._twins for t in flat):
+            # Constants computed from constants keep their values: a forward may ask for them.
+            result = func(*args, **kwargs)
+        else:
+            meta_args = _map(self._to_meta, args)
+            meta_kwargs = {k: _map(self._to_meta, v) for k, v in kwargs.items()}
+            if "device" in meta_kwargs and meta_kwargs["device"] is not None:
+                meta_kwargs["device"] = torch.device("meta")
+            try:
+                result = func(*meta_args, **meta_kwargs)
+            except NotImplementedError:
+                result = _on_real_zeros(func, meta_args, meta_kwargs)
+        self._write(func, args, kwargs, result)
+        return result
+
+    def _write(self, func, args, kwargs, result) -> None:
+        outs = []
+        for tensor in _tensors_in((result,)):
+            position = self._index.get(id(tensor))
+            outs.append(self.add(tensor) if position is None else position)
+        if not outs:
+            return
+        self.recording.calls.append(
+            Call(
+                name=str(func),
+                args=tuple(_map(self._to_ref, a) for a in _in_schema_order(func, args, kwargs)),
+                outs=outs,
+                module=self.modules[-1] if self.modules else "",
+                source=_source_line(),
+            )
+        )
+
+    def _to_ref(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            position = self._index.get(id(value))
+            return Ref(self.add(value) if position is None else position)
+        return value
+
+
+def _map(function, value: Any) -> Any:
+    # Operator arguments nest lists and tuples at most; pytree costs ten times as much.
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, item) for item in value])
+    return value
+
+
+def _tensors_in(values: Any) -> list[torch.Tensor]:
+    found = []
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors_in(value)
+    return found
+
+
+_schemas: dict[Any, list[tuple[str, Any]]] = {}
+
+
+def _in_schema_order(func, args: tuple, kwargs: dict) -> list:
+    schema = _schemas.get(func)
+    if schema is None:
+        schema = [(a.name, a.default_value) for a in func._schema.arguments]
+        _schemas[func] = schema
+    ordered = list(args)
+    for name, default in schema[len(args) :]:
+        ordered.append(kwargs.get(name, default))
+    return ordered
+
+
+def _on_real_zeros(func, args: tuple, kwargs: dict) -> Any:
+    """An operator without a meta kernel runs on zeros, for its output shapes."""
+
+    def real(value: Any) -> Any:
+        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+    kwargs = {k: _map(real, v) for k, v in kwargs.items()}
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("cpu")
+    result = func(*_map(real, args), **kwargs)
+    return _map(lambda t: torch.empty_like(t, device="meta"), result)
+
+
+_library_file: dict[str, bool] = {}
+
+
+def _source_line() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        is_library = _library_file.get(filename)
+        if is_library is None:
+            is_library = filename.startswith((_TORCH_DIR, _OWN_DIR + os.sep + "graph")) or "contextlib" in filename
+            _library_file[filename] = is_library
+        if not is_library:
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown source"
+
+
+def _output_tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if depth > 8:
+        return []
+    if isinstance(value, dict):
+        items = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        items = list(value)
+    elif hasattr(value, "__dict__"):
+        items = list(vars(value).values())
+    else:
+        return []
+    return [t for item in items for t in _output_tensors(item, depth + 1)]
+
+
+@contextlib.contextmanager
+def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module, args):
+        stack.append(names.get(id(module), type(module).__name__))
+
+    def leave(module, args, output):
+        stack.pop()
+
+    # Global hooks leave no trace in the modules themselves.
+    handles = [_hooks.register_module_forward_pre_hook(enter), _hooks.register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record(model: nn.Module, example: Any) -> Recording:
+    """Records one eval-mode forward, and a train-mode one where parameters are used in training only.
+
+    Args:
+        model: any module; its parameters may be on any one device, or on meta.
+        example: input tensor, or a tuple (positional) or dict (keyword) of inputs, first dim = batch.
+
+    Raises:
+        TraceError: the forward failed, or returned no tensor.
+    """
+    tensors = slot_tensors(model)
+    recording = Recording(list(tensors), [tuple(t.shape) for t in tensors.values()], [], [], [])
+    _record_forward(model, tensors, example, recording, training=False)
+    if _unused(recording):
+        attempt = Recording(recording.slots, list(recording.shapes), [], [], [])
+        with contextlib.suppress(TraceError):
+            _record_forward(model, tensors, example, attempt, training=True)
+            recording.shapes = attempt.shapes
+            recording.calls += attempt.calls
+            recording.outputs += attempt.outputs
+            recording.pinned += attempt.pinned
+            recording.has_train_pass = True
+    return recording
+
+
+def _unused(recording: Recording) -> bool:
+    used: set[int] = set()
+    for call in recording.calls:
+        _map_refs(used, call.args)
+    return any(slot not in used and recording.shapes[slot] for slot in range(len(recording.slots)))
+
+
+def _map_refs(used: set[int], value: Any) -> None:
+    if isinstance(value, Ref):
+        used.add(int(value))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _map_refs(used, item)
+
+
+def _record_forward(
+    model: nn.Module, tensors: dict[str, torch.Tensor], example: Any, recording: Recording, training: bool
+) -> None:
+    inputs = batch_of_two(example)
+    with undisturbed(model):
+        for module in model.modules():
+            module.training = training
+        recorder = _Recorder(recording, tensors)
+        for tensor in _output_tensors(inputs):
+            recorder.add(tensor)
+        with _module_names(model, recorder.modules):
+            try:
+                with recorder:
+                    output = call_model(model, inputs)
+            except Exception as error:
+                where = f" in module '{recorder.modules[-1]}'" if recorder.modules else ""
+                done = f" after {recording.calls[-1]}" if recording.calls else ""
+                raise TraceError(
+                    f"trace: the forward failed on meta tensors{where}{done}: {type(error).__name__}: {error}. "
+                    "Check that `example` is what the model takes; forwards that look at values cannot be traced.",
+                    len(recording.calls),
+                ) from error
+        found = [recorder.index_of(t) for t in _output_tensors(output)]
+    indices = [position for position in found if position is not None]
+    if not indices:
+        raise TraceError(f"trace: {type(model).__name__}.forward returned no tensor (got {type(output).__name__})")
+    recording.outputs += indices
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Tuples are positional, dicts keyword arguments, anything else the one argument."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)

@@ -1,0 +1,144 @@
+"""Runs the smaller network on meta tensors and compares every operator with what the labels predict (DESIGN 3.4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CompactionError, TraceError
+from . import _plan, _record
+from ._record import Call, Recording, Ref
+
+if TYPE_CHECKING:
+    from .graph import ChannelGraph
+
+# Operators that only look at memory differently: a slice of everything is an alias, a copy of something contiguous
+# is nothing, so they come and go with the sizes. What they get wrong shows in the inputs of the next operator.
+_VIEWS = frozenset(
+    "view _unsafe_view reshape _reshape_alias t transpose permute slice select expand unsqueeze squeeze alias detach "
+    "clone contiguous split split_with_sizes unsafe_split unbind _to_copy as_strided as_strided_ lift_fresh".split()
+)
+# Integer arguments of these are sizes; the shapes that are compared anyway follow from them.
+_SIZE_ARGUMENTS = {
+    "native_layer_norm": (1,),
+    "native_group_norm": (3, 4, 5),
+    "zeros": (0,),
+    "ones": (0,),
+    "full": (0,),
+    "empty": (0,),
+    "rand": (0,),
+    "randn": (0,),
+    "new_zeros": (1,),
+    "new_ones": (1,),
+    "new_full": (1,),
+    "new_empty": (1,),
+    "empty_strided": (0, 1),
+    "new_empty_strided": (1, 2),
+}
+
+
+def check(graph: ChannelGraph, plan: _plan.Plan) -> None:
+    """Raises CompactionError at the first operator that differs from the prediction. Changes nothing."""
+    shapes = graph._core.shapes(graph._bytes(plan.keep))
+    derived = {(op, arg): value for op, arg, value in graph._core.scalar_args(graph._bytes(plan.keep))}
+    small = {}
+    for i, slot in enumerate(graph.slots):
+        if plan.shrinks(i):
+            tensor = torch.empty(plan.shape(i), dtype=slot.tensor.dtype, device="meta")
+            small[i] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
+    old = graph.recording
+    try:
+        with _plan.swapped(plan, small):
+            new = _record.record(graph.model, graph.example)
+    except TraceError as error:
+        raise _failure(graph, shapes, _first_failed(graph, error), str(error.__cause__ or error)) from error
+    old_ops = [(i, call) for i, call in enumerate(old.calls) if _base(call) not in _VIEWS]
+    new_ops = [call for call in new.calls if _base(call) not in _VIEWS]
+    for (i, was), now in zip(old_ops, new_ops, strict=False):
+        problem = _difference(i, was, now, old, new, shapes, derived)
+        if problem:
+            raise _failure(graph, shapes, i, problem)
+    if len(old_ops) != len(new_ops):
+        last = old_ops[min(len(old_ops), len(new_ops)) - 1][0]
+        raise _failure(graph, shapes, last, f"runs {len(new_ops)} operators instead of {len(old_ops)}")
+
+
+def _base(call: Call) -> str:
+    return call.name.split(".")[1]
+
+
+def _difference(
+    op: int, was: Call, now: Call, old: Recording, new: Recording, shapes: list[tuple], derived: dict
+) -> str:
+    if was.name != now.name:
+        return f"calls {now.name} instead"
+    exempt = _SIZE_ARGUMENTS.get(_base(was), ())
+    for position, (a, b) in enumerate(zip(was.args, now.args, strict=True)):
+        if (op, position) in derived:
+            if b != derived[op, position]:
+                return f"argument {position} is {b} where {derived[op, position]} is predicted"
+        elif position not in exempt:
+            problem = _value_difference(a, b, new, shapes)
+            if problem:
+                return f"argument {position} {problem}"
+    for a, b in zip(was.outs, now.outs, strict=True):
+        if tuple(shapes[a]) != new.shapes[b]:
+            return f"gives shape {new.shapes[b]} where {tuple(shapes[a])} is predicted"
+    return ""
+
+
+def _value_difference(a: Any, b: Any, new: Recording, shapes: list[tuple]) -> str:
+    if isinstance(a, Ref):
+        if not isinstance(b, Ref):
+            return f"is {b} where a tensor is predicted"
+        if tuple(shapes[a]) != new.shapes[b]:
+            return f"has shape {new.shapes[b]} where {tuple(shapes[a])} is predicted"
+        return ""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for x, y in zip(a, b, strict=True):
+            problem = _value_difference(x, y, new, shapes)
+            if problem:
+                return problem
+        return ""
+    return "" if a == b or (a != a and b != b) else f"is {b} where {a} is predicted"
+
+
+def _first_failed(graph: ChannelGraph, error: TraceError) -> int:
+    """The forward raised before an operator: the one after the last that ran."""
+    return min(error.calls_done, len(graph.recording.calls) - 1)
+
+
+def _failure(graph: ChannelGraph, shapes: list[tuple], op: int, problem: str) -> CompactionError:
+    calls = graph.recording.calls
+    groups: set[int] = set()
+    # A failing view hides between two other operators: look at what it was fed too, then ever further back.
+    for reach in (0, 1, 2, 4, 8, len(calls)):
+        for call in calls[max(0, op - reach) : op + 1 + min(reach, 2)]:
+            for position in (*call.outs, *_refs(call.args)):
+                groups.update(graph._core.groups_of(position))
+        groups = {g for g in groups if graph.groups[g].reason is None and _is_cut(graph, g, shapes)}
+        if groups:
+            break
+    reason = f"its size is fixed in the forward: {calls[op]} {problem}"
+    names = ", ".join(graph.groups[g].name for g in sorted(groups)) or "unknown"
+    return CompactionError(
+        f"compact: the smaller network does not run as predicted: {calls[op]} {problem}. Groups involved: {names}. "
+        "The model is unchanged; keep those groups (`graph.protect`) and select again.",
+        tuple(sorted(groups)),
+        reason,
+    )
+
+
+def _is_cut(graph: ChannelGraph, group: int, shapes: list[tuple]) -> bool:
+    name = graph._core.groups[group]
+    return shapes[name.slot][name.dim] < graph.recording.shapes[name.slot][name.dim]
+
+
+def _refs(value: Any) -> list[int]:
+    if isinstance(value, Ref):
+        return [int(value)]
+    if isinstance(value, (list, tuple)):
+        return [r for item in value for r in _refs(item)]
+    return []

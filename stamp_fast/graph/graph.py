@@ -1,0 +1,295 @@
+"""The channel graph of a model: which channels live or die together, what they cost, and how to take them out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .._load import graph_core
+from ..errors import ArgumentError, ModelError
+from . import _compact, _plan, _record, _replay
+
+if TYPE_CHECKING:
+    from ..budget import Budget
+
+__all__ = ["ChannelGraph", "Group", "trace"]
+
+
+@dataclasses.dataclass
+class Group:
+    """Channels that occur in the same places: one layer's output, or that of all layers of a residual stream.
+
+    Attributes:
+        name: the module that emits the channels.
+        channels: how many channels that module emits into this group.
+        classes: the group's slice of the per-class tensors (scores, keep). A class is what can be removed on its own:
+            one channel, or several that have to go together.
+        reason: why the group cannot be pruned; None if it can.
+    """
+
+    name: str
+    channels: int
+    classes: slice
+    reason: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes.stop - self.classes.start
+
+
+@dataclasses.dataclass
+class Slot:
+    """A parameter or buffer and, per dim, the class of every position (int64, -1 = stays), None where all stay."""
+
+    name: str
+    is_parameter: bool
+    axes: list[torch.Tensor | None]
+    owners: list[tuple[nn.Module, str]]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        module, key = self.owners[0]
+        table = module._parameters if self.is_parameter else module._buffers
+        return table[key]
+
+
+class ChannelGraph:
+    """Made by `trace`. Per-class tensors have `num_classes` entries; `groups[i].classes` is a group's slice of them.
+
+    Attributes:
+        groups: prunable groups first come first, in the order the network emits their channels.
+        frozen: groups that no choice of channels can touch, each with its reason.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, recording: _record.Recording) -> None:
+        self.model = model
+        self.recording = recording
+        self.example = example
+        names = recording.slots
+        parameters = {id(p) for p in model.parameters()}
+        tensors = list(_record.slot_tensors(model).values())
+        is_parameter = [id(t) in parameters for t in tensors]
+        self._core = graph_core().ChannelGraph(
+            recording.shapes,
+            [(c.name, c.args, c.outs) for c in recording.calls],
+            is_parameter,
+            recording.outputs,
+            sorted(set(recording.pinned)),
+            _record.Ref,
+        )
+        owners = _owners(model)
+        self.slots = [
+            Slot(name, is_parameter[i], [self._slot_axis(i, d) for d in range(t.dim())], owners[id(t)])
+            for i, (name, t) in enumerate(zip(names, tensors, strict=True))
+        ]
+        self.num_classes: int = self._core.num_classes
+        self.groups = [self._group(g, None) for g in self._core.groups]
+        self.frozen = [self._group(g, self._reason(g.event)) for g in self._core.frozen]
+        _make_unique(self.groups)
+        self._reader_dims: dict[int, set[int]] = {}
+        for read in self._core.reads:
+            if read.slot >= 0:
+                self._reader_dims.setdefault(read.slot, set()).add(read.slot_dim)
+
+    def reader_dim(self, slot: int) -> int | None:
+        """The dim by which a parameter reads channels; None if it reads none, or is used both ways round."""
+        dims = self._reader_dims.get(slot, set())
+        return next(iter(dims)) if len(dims) == 1 else None
+
+    def _slot_axis(self, slot: int, dim: int) -> torch.Tensor | None:
+        classes = self._core.slot_axis(slot, dim)
+        return None if classes is None else torch.from_numpy(classes).long()
+
+    def _group(self, group: Any, reason: str | None) -> Group:
+        name = self.recording.slots[group.slot]
+        module = name.rpartition(".")[0] or name
+        classes = slice(group.first_class, group.first_class + group.num_classes)
+        return Group(module, group.channels, classes, reason)
+
+    def _reason(self, event: int) -> str:
+        reason, op = self._core.events[event]
+        return reason if op < 0 else f"{reason} ({self.recording.calls[op]})"
+
+    def __repr__(self) -> str:
+        return (
+            f"ChannelGraph({type(self.model).__name__}: {len(self.groups)} groups, {self.num_classes} classes, "
+            f"{len(self.frozen)} frozen)"
+        )
+
+    # --- choosing -----------------------------------------------------------------------------------------------
+    def all_kept(self) -> torch.Tensor:
+        """A keep mask (bool, [num_classes]) that removes nothing."""
+        return torch.ones(self.num_classes, dtype=torch.bool)
+
+    @property
+    def prunable(self) -> list[Group]:
+        return [group for group in self.groups if group.reason is None]
+
+    def protect(self, names: Iterable[str], reason: str = "kept on request") -> None:
+        """Keeps every group that touches a parameter of the named modules.
+
+        Raises:
+            ArgumentError: a name is neither a module nor a parameter of the model.
+        """
+        known = set(self.recording.slots) | {name for name, _ in self.model.named_modules()}
+        for name in names:
+            if name not in known or not name:
+                raise ArgumentError(f"keep: the model has no module or parameter named '{name}'")
+            for slot in self.slots:
+                if slot.name == name or slot.name.startswith(name + "."):
+                    for axis in slot.axes:
+                        self._protect_classes(axis, reason)
+
+    def _protect_classes(self, axis: torch.Tensor | None, reason: str) -> None:
+        if axis is None:
+            return
+        touched = torch.zeros(self.num_classes, dtype=torch.bool)
+        touched[axis[axis >= 0]] = True
+        for group in self.prunable:
+            if touched[group.classes].any():
+                group.reason = reason
+
+    def macs(self, keep: torch.Tensor | None = None) -> int:
+        """Multiply-accumulates of one forward of one example, of the whole network or of what `keep` leaves."""
+        return self._core.macs(self._bytes(keep)) // _record._BATCH
+
+    def params(self, keep: torch.Tensor | None = None) -> int:
+        """Number of parameters, of the whole network or of what `keep` leaves."""
+        return self._core.params(self._bytes(keep))
+
+    def channels(self, keep: torch.Tensor | None = None) -> int:
+        """Number of channels over all groups."""
+        keep = self.all_kept() if keep is None else keep
+        return sum(round(g.channels * keep[g.classes].float().mean().item()) for g in self.groups)
+
+    def select(self, scores: torch.Tensor, budget: Budget, **options: Any) -> torch.Tensor:
+        """The keep mask that meets `budget` with the highest-scored classes; see `Budget.select`."""
+        return budget.select(self, scores, **options)
+
+    def _bytes(self, keep: torch.Tensor | None) -> Any:
+        keep = self.all_kept() if keep is None else self.checked(keep)
+        return keep.numpy().view("uint8")
+
+    def checked(self, keep: torch.Tensor) -> torch.Tensor:
+        """`keep` as a bool tensor on the CPU.
+
+        Raises:
+            ArgumentError: wrong size, a group without a channel left, or a protected group cut.
+        """
+        keep = torch.as_tensor(keep).detach().cpu().bool().contiguous()
+        if keep.shape != (self.num_classes,):
+            raise ArgumentError(f"keep: expected shape ({self.num_classes},), got {tuple(keep.shape)}")
+        for group in self.groups:
+            chosen = keep[group.classes]
+            if not chosen.any():
+                raise ArgumentError(f"keep: no channel of '{group.name}' is left; at least one must stay")
+            if group.reason is not None and not chosen.all():
+                raise ArgumentError(f"keep: '{group.name}' cannot be pruned: {group.reason}")
+        return keep
+
+    # --- cutting ------------------------------------------------------------------------------------------------
+    def plan(self, keep: torch.Tensor) -> _plan.Plan:
+        """What `keep` means for every parameter, buffer and module attribute. Changes nothing."""
+        return _plan.make(self, self.checked(keep))
+
+    def check(self, keep: torch.Tensor) -> None:
+        """Replays the smaller network on meta tensors (DESIGN 3.4). Changes nothing.
+
+        Raises:
+            CompactionError: it would not run as predicted; ``.groups`` names the groups to keep.
+        """
+        _replay.check(self, self.plan(keep))
+
+    def compact(
+        self,
+        keep: torch.Tensor,
+        optimizer: torch.optim.Optimizer | None = None,
+        ema: nn.Module | None = None,
+    ) -> nn.Module:
+        """Takes the channels out for good, in place, all or nothing. The graph describes the old network afterwards.
+
+        Args:
+            keep: bool, [num_classes].
+            optimizer: its per-parameter state is cut with the parameters; param_groups stay as they are.
+            ema: a module with the same parameter names (optionally under ``module.``) that is cut alike.
+
+        Raises:
+            CompactionError: the replay of the smaller network differs from the prediction; nothing has changed.
+        """
+        plan = self.plan(keep)
+        _replay.check(self, plan)
+        _compact.apply(self, plan, optimizer, ema)
+        return self.model
+
+    @contextlib.contextmanager
+    def masked(self, keep: torch.Tensor | _plan.Plan, scale: torch.Tensor | None = None) -> Iterator[nn.Module]:
+        """Inside, the model runs virtually compacted: on gathered weights, dead channels are never computed.
+
+        Gradients reach the dense parameters. Buffers are copies: what a forward does to them is dropped at the end.
+
+        Args:
+            keep: bool, [num_classes], or the plan made of it (to use it for many steps).
+            scale: float, [num_classes]: each class's factor z on the weights that read it (DESIGN 3.3); differentiable.
+        """
+        plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
+        with plan.virtual(scale):
+            yield self.model
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    owners.setdefault(id(tensor), []).append((module, key))
+    return owners
+
+
+def _make_unique(groups: list[Group]) -> None:
+    counts: dict[str, int] = {}
+    for group in groups:
+        counts[group.name] = counts.get(group.name, 0) + 1
+    seen: dict[str, int] = {}
+    for group in groups:
+        if counts[group.name] > 1:
+            seen[group.name] = seen.get(group.name, 0) + 1
+            group.name = f"{group.name}#{seen[group.name]}"
+
+
+def trace(model: nn.Module, example: Any) -> ChannelGraph:
+    """Runs the model once on meta tensors and finds out which channels live or die together.
+
+    Args:
+        model: left exactly as found.
+        example: an input, a tuple of positional inputs or a dict of keyword inputs; first dim = batch. Only shapes
+            and dtypes matter.
+
+    Raises:
+        ArgumentError: `model` is not an nn.Module, or is a scripted or wrapped one.
+        TraceError: the forward failed on meta tensors.
+    """
+    model = unwrapped(model)
+    return ChannelGraph(model, example, _record.record(model, example))
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The module whose parameters can be cut: the original of a compiled one."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    original = getattr(model, "_orig_mod", None)
+    if isinstance(original, nn.Module):
+        return original
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("model: a ScriptModule cannot be pruned; prune the original module and script it again")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"model: is wrapped in {type(model).__name__}; prune `model.module` and wrap it again")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(f"model: parameter '{name}' is lazy and has no shape yet; run one forward first")
+    return model
