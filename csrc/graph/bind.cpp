@@ -157,7 +157,8 @@ PYBIND11_MODULE(_graph, m) {
                result.append(py::make_tuple(arg.op, arg.arg, graph.live(arg.axis, bytes)));
              return result;
            })
-      .def("groups_of", &ChannelGraph::groups_of);
+      .def("groups_of", &ChannelGraph::groups_of)
+      .def("is_slot_view", &ChannelGraph::is_slot_view);
 }
 
 }  // namespace stamp_fast

@@ -75,6 +75,7 @@ class ChannelGraph {
   // The shape of every tensor once the other classes are gone.
   std::vector<std::vector<int64_t>> shapes(const uint8_t* keep) const;
   std::vector<int32_t> groups_of(int32_t tensor) const;
+  bool is_slot_view(int32_t tensor) const { return propagator_->is_slot_view(tensor); }
 
  private:
   void number_classes();

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError
 from ._plan import Plan
+from ._snapshot import Snapshot, replace_data
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -21,108 +24,46 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
     """
     slot_of: list[int] = []
     tensors: list[torch.Tensor] = []
-    puts: list[Any] = []
+    puts: list[Callable[[torch.Tensor], None]] = []
 
-    def cut(slot: int, tensor: torch.Tensor, put: Any) -> None:
+    def cut(slot: int, tensor: torch.Tensor, put: Callable[[torch.Tensor], None]) -> None:
         slot_of.append(slot)
-        tensors.append(tensor)
+        tensors.append(tensor.detach())
         puts.append(put)
 
     averages = _averages(graph, ema)
     for i, slot in enumerate(graph.slots):
         if not plan.shrinks(i):
             continue
-        tensor = slot.tensor
-        cut(i, tensor.detach(), _Data(tensor))
-        if tensor.grad is not None:
-            cut(i, tensor.grad.detach(), _Grad(tensor))
+        owner = slot.tensor
+        cut(i, owner, partial(_put_data, owner))
+        if owner.grad is not None:
+            cut(i, owner.grad, partial(setattr, owner, "grad"))
         if i in averages:
-            cut(i, averages[i].detach(), _Data(averages[i]))
-        if optimizer is not None:
-            for key, value in optimizer.state.get(tensor, {}).items():
-                if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
-                    cut(i, value, _State(optimizer.state[tensor], key))
+            cut(i, averages[i], partial(_put_data, averages[i]))
+        state = optimizer.state.get(owner, {}) if optimizer is not None else {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == owner.shape:
+                cut(i, value, partial(state.__setitem__, key))
     with torch.no_grad():
-        new = [t.contiguous(memory_format=_format(old)) for t, old in zip(plan.gather(slot_of, tensors), tensors, strict=True)]
+        new = plan.gather(slot_of, tensors)
+        new = [t.contiguous(memory_format=_format(old)) for t, old in zip(new, tensors, strict=True)]
 
-    done: list[tuple[Any, Any]] = []
-    attributes: list[tuple[nn.Module, str, Any]] = []
+    snapshot = Snapshot(graph.model, optimizer, ema)
     try:
-        # Gradients have to go before the data they belong to can change shape.
         for put, tensor in zip(puts, new, strict=True):
-            if isinstance(put, _Data):
-                done.append((put, put.old()))
-                put.set(tensor)
-        for put, tensor in zip(puts, new, strict=True):
-            if not isinstance(put, _Data):
-                done.append((put, put.old()))
-                put.set(tensor)
+            put(tensor)
         for module, name, value in plan.attributes:
-            attributes.append((module, name, getattr(module, name)))
             setattr(module, name, value)
     except BaseException:
-        for module, name, value in reversed(attributes):
-            setattr(module, name, value)
-        for put, old in reversed(done):
-            put.restore(old)
+        snapshot.restore()
         raise
 
 
-class _Data:
-    """Storage of a parameter or buffer."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def old(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.tensor.data, self.tensor.grad
-
-    def set(self, new: torch.Tensor) -> None:
-        self.tensor.grad = None
-        _replace_data(self.tensor, new)
-
-    def restore(self, old: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        data, grad = old
-        self.tensor.grad = None
-        _replace_data(self.tensor, data)
-        self.tensor.grad = grad
-
-
-class _Grad:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def old(self) -> None:
-        return None
-
-    def set(self, new: torch.Tensor) -> None:
-        self.tensor.grad = new
-
-    def restore(self, old: None) -> None:
-        self.tensor.grad = old
-
-
-class _State:
-    def __init__(self, state: dict, key: str) -> None:
-        self.state = state
-        self.key = key
-
-    def old(self) -> torch.Tensor:
-        return self.state[self.key]
-
-    def set(self, new: torch.Tensor) -> None:
-        self.state[self.key] = new
-
-    def restore(self, old: torch.Tensor) -> None:
-        self.state[self.key] = old
-
-
-def _replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    # A gradient accumulator that an earlier graph keeps alive remembers the old shape; a change of dtype makes
-    # autograd drop it, a change of shape alone does not.
-    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
-    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = data
+def _put_data(owner: torch.Tensor, data: torch.Tensor) -> None:
+    # A gradient of the old shape may not stay beside data of the new one; its own cut follows.
+    owner.grad = None
+    replace_data(owner, data)
 
 
 def _format(tensor: torch.Tensor) -> torch.memory_format:

@@ -43,13 +43,15 @@ class Plan:
         """Swaps every parameter for its packed, scaled live part and sets the attributes; undone at exit."""
         slots = self.graph.slots
         scales = [None if scale is None else self._reader_scale(i, scale) for i in range(len(slots))]
-        cut = [i for i in range(len(slots)) if self.shrinks(i) or scales[i] is not None]
-        tensors = [slots[i].tensor for i in cut]
-        packed = _pack(tensors, [self.kept[i] for i in cut], [scales[i] for i in cut])
-        replacement = dict(zip(cut, packed, strict=True))
-        for i, slot in enumerate(slots):
-            if not slot.is_parameter and i not in replacement:
-                replacement[i] = slot.tensor.clone()
+        parameters = [i for i, s in enumerate(slots) if s.is_parameter and (self.shrinks(i) or scales[i] is not None)]
+        packed = _pack(
+            [slots[i].tensor for i in parameters], [self.kept[i] for i in parameters], [scales[i] for i in parameters]
+        )
+        # Buffers by themselves: an operator with one differentiable input makes all its outputs differentiable.
+        buffers = [i for i, slot in enumerate(slots) if not slot.is_parameter]
+        with torch.no_grad():
+            copies = _pack([slots[i].tensor.clone() for i in buffers], [self.kept[i] for i in buffers])
+        replacement = dict(zip([*parameters, *buffers], [*packed, *copies], strict=True))
         with swapped(self, replacement):
             yield
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._load import graph_core
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError, CompactionError, ModelError
 from . import _compact, _plan, _record, _replay
 
 if TYPE_CHECKING:
@@ -101,6 +101,23 @@ class ChannelGraph:
         dims = self._reader_dims.get(slot, set())
         return next(iter(dims)) if len(dims) == 1 else None
 
+    def read_by_weights(self) -> torch.Tensor:
+        """bool, [num_classes]: classes that a mask can scale, because some parameter reads them."""
+        read = torch.zeros(self.num_classes, dtype=torch.bool)
+        for i, slot in enumerate(self.slots):
+            dim = self.reader_dim(i)
+            if dim is not None:
+                read[slot.axes[dim][slot.axes[dim] >= 0]] = True
+        return read
+
+    def is_activation(self, tensor: int) -> bool:
+        """Whether a recorded tensor is no parameter, no buffer and no view of one."""
+        return not self._core.is_slot_view(tensor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots[0].tensor.device
+
     def _slot_axis(self, slot: int, dim: int) -> torch.Tensor | None:
         classes = self._core.slot_axis(slot, dim)
         return None if classes is None else torch.from_numpy(classes).long()
@@ -164,8 +181,15 @@ class ChannelGraph:
 
     def channels(self, keep: torch.Tensor | None = None) -> int:
         """Number of channels over all groups."""
-        keep = self.all_kept() if keep is None else keep
-        return sum(round(g.channels * keep[g.classes].float().mean().item()) for g in self.groups)
+        keep = self.all_kept() if keep is None else self.checked(keep)
+        return round((self.class_channels() * keep).sum().item())
+
+    def class_channels(self) -> torch.Tensor:
+        """float, [num_classes]: how many channels of its group's layer go with each class."""
+        widths = torch.empty(self.num_classes)
+        for group in self.groups:
+            widths[group.classes] = group.channels / group.num_classes
+        return widths
 
     def select(self, scores: torch.Tensor, budget: Budget, **options: Any) -> torch.Tensor:
         """The keep mask that meets `budget` with the highest-scored classes; see `Budget.select`."""
@@ -191,6 +215,37 @@ class ChannelGraph:
             if group.reason is not None and not chosen.all():
                 raise ArgumentError(f"keep: '{group.name}' cannot be pruned: {group.reason}")
         return keep
+
+    def keep_groups(self, indices: Iterable[int], reason: str) -> None:
+        """Marks groups as not prunable."""
+        for index in indices:
+            self.groups[index].reason = reason
+
+    def settle(self) -> None:
+        """Keeps every group whose size the forward has fixed (a literal, an attribute), found by replaying a probe.
+
+        Raises:
+            CompactionError: a probe fails for no group that could be kept.
+        """
+        generator = torch.Generator().manual_seed(0)
+        while any(group.num_classes > 1 for group in self.prunable):
+            keep = self.all_kept()
+            for group in self.prunable:
+                # Another fraction for every group: equal ones would hide a size that is taken from the wrong group.
+                order = torch.randperm(group.num_classes, generator=generator)
+                fraction = 0.3 + 0.5 * torch.rand((), generator=generator).item()
+                keep[group.classes.start + order[max(1, int(group.num_classes * fraction)) :]] = False
+            try:
+                self.check(keep)
+                return
+            except CompactionError as fixed:
+                if not fixed.groups:
+                    raise
+                self.keep_groups(fixed.groups, fixed.reason)
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's output: a tuple of inputs is positional, a dict by keyword."""
+        return _record.call_model(self.model, inputs)
 
     # --- cutting ------------------------------------------------------------------------------------------------
     def plan(self, keep: torch.Tensor) -> _plan.Plan:

@@ -1,0 +1,54 @@
+"""Progress and wall time of a job made of phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from tqdm.auto import tqdm
+
+_PHASES = 5
+
+
+class Phases:
+    """A progress bar (shown once a second has passed) and the seconds that each phase took.
+
+    Args:
+        progress: False shows nothing.
+        steps: `advance` calls to expect besides the phases.
+    """
+
+    def __init__(self, progress: bool, steps: int) -> None:
+        self.seconds: dict[str, float] = {}
+        self._bar = tqdm(total=_PHASES + steps, desc="prune", disable=not progress, delay=1.0, leave=False)
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._bar.set_description(f"prune: {name}")
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+        self._bar.update()
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or eval mode; each module's own flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,232 @@
+"""Budgets as fractions of the dense network, and how a choice of channels is made to meet them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ArgumentError, BudgetError
+
+if TYPE_CHECKING:
+    from ..graph import ChannelGraph
+
+TOLERANCE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What may stay, as a fraction of the dense network, in (0, 1]. Several at once: all must hold.
+
+    Attributes:
+        macs: multiply-accumulates of a forward.
+        params: number of parameters.
+        channels: number of channels over all prunable groups.
+
+    Raises:
+        ArgumentError: no fraction given, or one outside (0, 1].
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    channels: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.asked():
+            raise ArgumentError("Budget: give at least one of macs=, params=, channels=, each a fraction in (0, 1]")
+        for name, value in self.asked().items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ArgumentError(f"Budget: {name} must be a fraction in (0, 1], got {value!r}")
+
+    def asked(self) -> dict[str, float]:
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+
+    def select(
+        self,
+        graph: ChannelGraph,
+        scores: torch.Tensor,
+        *,
+        ranking: str = "global",
+        round_to: int | None = None,
+        floor: float = 0.0,
+        exact: bool = True,
+    ) -> torch.Tensor:
+        """Removes classes in order of importance until every fraction holds.
+
+        Args:
+            scores: float, [graph.num_classes], higher = keep.
+            ranking: "global" compares scores across groups; "local" takes the same fraction of every group.
+            round_to: the width of every group that is cut stays a multiple of it, and at least that.
+            floor: fraction of each group that stays whatever its scores, given up only if the budget needs it.
+            exact: with False the first choice that fits is good enough, however far below the ask.
+
+        Returns:
+            bool, [graph.num_classes]. The tightest fraction is met within 2 percent of the ask.
+
+        Raises:
+            ArgumentError: scores of another size or with NaN, unknown ranking, round_to below 1.
+            BudgetError: out of reach; says what can be reached and which groups stand in the way.
+        """
+        scores = _checked_scores(graph, scores, ranking, round_to)
+        units = _removal_units(graph, scores, ranking, round_to or 1, floor)
+        keep = _first_that_fits(self, graph, units)
+        if keep is None and floor > 0:
+            units = _removal_units(graph, scores, ranking, round_to or 1, 0.0)
+            keep = _first_that_fits(self, graph, units)
+        if keep is None:
+            raise BudgetError(self._out_of_reach(graph, units, round_to))
+        if not exact:
+            return keep
+        if self.used(graph, keep) < 1 - TOLERANCE:
+            keep = _fill(self, graph, keep, units)
+        used = self.used(graph, keep)
+        if used < 1 - TOLERANCE and not bool(keep.all()):
+            raise BudgetError(self._too_coarse(graph, keep, units, used))
+        return keep
+
+    def used(self, graph: ChannelGraph, keep: torch.Tensor) -> float:
+        """The most used of the fractions, relative to what was asked: 1.0 is exactly met."""
+        measures = {"macs": graph.macs, "params": graph.params, "channels": graph.channels}
+        return max(measures[name](keep) / measures[name]() / ask for name, ask in self.asked().items())
+
+    def _reached(self, graph: ChannelGraph, keep: torch.Tensor) -> str:
+        measures = {"macs": graph.macs, "params": graph.params, "channels": graph.channels}
+        return ", ".join(f"{name}={measures[name](keep) / measures[name]():.3f}" for name in self.asked())
+
+    def _ask(self) -> str:
+        return ", ".join(f"{name}={value:g}" for name, value in self.asked().items())
+
+    def _out_of_reach(self, graph: ChannelGraph, units: _Removals, round_to: int | None) -> str:
+        least = units.without_first(graph, len(units))
+        text = f"Budget({self._ask()}): out of reach; from 1 down to {self._reached(graph, least)} can be had"
+        if round_to:
+            text += f" with round_to={round_to}"
+        in_the_way = [f"'{g.name}' ({g.channels} channels): {g.reason}" for g in graph.groups + graph.frozen if g.reason]
+        if in_the_way:
+            text += ". In the way: " + "; ".join(in_the_way[:5])
+            text += f"; and {len(in_the_way) - 5} more" if len(in_the_way) > 5 else ""
+        return text
+
+    def _too_coarse(self, graph: ChannelGraph, keep: torch.Tensor, units: _Removals, used: float) -> str:
+        above = []
+        for i in range(len(units)):
+            if not keep[units.unit(i)].any():
+                trial = keep.clone()
+                trial[units.unit(i)] = True
+                above.append((self.used(graph, trial), int(units.groups[i])))
+        next_used, index = min(above)
+        name = graph.groups[index].name
+        return (
+            f"Budget({self._ask()}): cannot be met within {TOLERANCE:.0%}: the network is too coarse. "
+            f"{used:.3f} or {next_used:.3f} times the ask can be had; a single step of '{name}' "
+            f"({graph.groups[index].num_classes} removable units) lies between them. Ask for one of those."
+        )
+
+
+@dataclasses.dataclass
+class _Removals:
+    """Units of classes that are removed together, in the order in which they go.
+
+    Attributes:
+        classes: int64, the classes of unit 0, of unit 1, ...
+        ends: int64, [units], where each unit ends in `classes`.
+        groups: int64, [units], the group each unit belongs to.
+    """
+
+    classes: torch.Tensor
+    ends: torch.Tensor
+    groups: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.ends.numel()
+
+    def unit(self, i: int) -> torch.Tensor:
+        return self.classes[self.ends[i - 1] if i else 0 : self.ends[i]]
+
+    def without_first(self, graph: ChannelGraph, count: int) -> torch.Tensor:
+        keep = graph.all_kept()
+        keep[self.classes[: self.ends[count - 1] if count else 0]] = False
+        return keep
+
+
+def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int | None) -> torch.Tensor:
+    if ranking not in ("global", "local"):
+        raise ArgumentError(f"select: ranking must be 'global' or 'local', got {ranking!r}")
+    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
+        raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
+    scores = torch.as_tensor(scores).detach().double().cpu()
+    if scores.shape != (graph.num_classes,):
+        raise ArgumentError(f"scores: expected shape ({graph.num_classes},), got {tuple(scores.shape)}")
+    if bool(scores.isnan().any()):
+        bad = next(g.name for g in graph.groups if bool(scores[g.classes].isnan().any()))
+        raise ArgumentError(f"scores: NaN in group '{bad}'")
+    return scores
+
+
+def _removal_units(
+    graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int, floor: float
+) -> _Removals:
+    none = torch.empty(0, dtype=torch.long)
+    classes, keys, counts, groups = [none], [none.double()], [none], [none]
+    for index, group in enumerate(graph.groups):
+        size = group.num_classes
+        width = max(1, round(group.channels / size))  # channels that go with one class
+        step = round_to // math.gcd(round_to, width)
+        least = max(step, math.ceil(floor * size / step) * step)
+        if group.reason is not None or size <= least:
+            continue
+        ascending, order = torch.sort(scores[group.classes], stable=True)
+        # The first cut brings the width down to a multiple of the step, each later one to the next.
+        left = torch.arange((size - 1) // step * step, least - 1, -step)
+        ends = size - left
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+        if ranking == "local":
+            key = ends.double() / size
+        else:
+            total = torch.cat([ascending.new_zeros(1), ascending.cumsum(0)])
+            key = (total[ends] - total[ends - sizes]) / sizes
+        classes.append(order[: ends[-1]] + group.classes.start)
+        keys.append(key)
+        counts.append(sizes)
+        groups.append(torch.full_like(sizes, index))
+    key, count = torch.cat(keys), torch.cat(counts)
+    rank = torch.argsort(key, stable=True)
+    place = torch.empty_like(rank)
+    place[rank] = torch.arange(rank.numel())
+    by_unit = torch.argsort(torch.repeat_interleave(place, count), stable=True)
+    return _Removals(torch.cat(classes)[by_unit], count[rank].cumsum(0), torch.cat(groups)[rank])
+
+
+def _first_that_fits(budget: Budget, graph: ChannelGraph, units: _Removals) -> torch.Tensor | None:
+    """The fewest removals, in order, that meet the budget: costs only fall, so bisection finds them."""
+    low, high = 0, len(units)
+    if budget.used(graph, units.without_first(graph, high)) > 1:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if budget.used(graph, units.without_first(graph, middle)) > 1:
+            low = middle + 1
+        else:
+            high = middle
+    return units.without_first(graph, low)
+
+
+def _fill(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Removals) -> torch.Tensor:
+    """Coarse networks step over the budget: brings back, most important first, whatever still fits."""
+    for limit in (1.0, 1.0 + TOLERANCE):
+        closed: set[int] = set()  # groups whose next unit did not fit
+        for i in range(len(units) - 1, -1, -1):
+            group = int(units.groups[i])
+            if group in closed or keep[units.unit(i)].any():
+                continue
+            trial = keep.clone()
+            trial[units.unit(i)] = True
+            if budget.used(graph, trial) > limit:
+                closed.add(group)
+                continue
+            keep = trial
+            if budget.used(graph, keep) >= 1 - TOLERANCE:
+                return keep
+    return keep

@@ -1,0 +1,70 @@
+"""Checks of what the user hands to `prune`, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .budget import Budget
+from .errors import ArgumentError, ModelError
+from .graph import ChannelGraph
+
+
+def check_arguments(
+    budget: Any, method: str, methods: Iterable[str], steps: int, round_to: int | None, keep: Any, optimizer: Any
+) -> None:
+    if not isinstance(budget, Budget):
+        raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
+    if method not in methods:
+        raise ArgumentError(f"method: must be one of {', '.join(methods)}, got {method!r}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ArgumentError(f"steps: must be a whole number of at least 1, got {steps!r}")
+    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
+        raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
+    if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
+        raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def check_model(model: nn.Module) -> torch.device:
+    """Returns the one device of the model.
+
+    Raises:
+        ModelError: no parameters, parameters on meta or on several devices, NaN or inf in a parameter or buffer.
+    """
+    homes: dict[torch.device, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        homes.setdefault(tensor.device, name)
+    if not any(True for _ in model.parameters()):
+        raise ModelError(f"model: {type(model).__name__} has no parameters, so there is nothing to prune")
+    if len(homes) > 1:
+        where = ", ".join(f"'{name}' on {device}" for device, name in homes.items())
+        raise ModelError(f"model: lies on several devices ({where}); move it to one with model.to(device)")
+    device = next(iter(homes))
+    if device.type == "meta":
+        raise ModelError("model: lies on the meta device and has no values; load its weights first")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"model: '{name}' holds NaN or inf; load sound weights before pruning")
+    return device
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ArgumentError where the optimizer holds none of the model's parameters."""
+    if optimizer is None:
+        return
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ArgumentError("optimizer: holds none of the model's parameters; make it from model.parameters()")
+
+
+def check_prunable(graph: ChannelGraph) -> None:
+    """Raises ModelError where no group is left to prune, with the reasons."""
+    if any(group.num_classes > 1 for group in graph.prunable):
+        return
+    reasons = [f"'{g.name}': {g.reason or 'has one channel only'}" for g in graph.groups + graph.frozen]
+    raise ModelError("model: nothing to prune. " + ("; ".join(reasons[:8]) or "No layer with channels was found."))

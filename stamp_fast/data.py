@@ -1,0 +1,150 @@
+"""What `prune` needs of a loader: batches on the model's device, and a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from .errors import ArgumentError, LoaderError
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+
+
+class Batches:
+    """Batches of a loader, on one device.
+
+    Raises:
+        LoaderError: not an iterable, or it yields nothing.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        try:
+            iterator = iter(loader)
+        except TypeError:
+            raise LoaderError(
+                f"loader: expected an iterable of (inputs, targets) batches, got {type(loader).__name__}; "
+                "pass a DataLoader, or a list of batches"
+            ) from None
+        self._loader = loader
+        self._device = device
+        self._tail = iterator if iterator is loader else None  # a generator: what it has yielded is kept
+        self._seen: list[Any] = []
+        first = next(iterator, None)
+        if first is None:
+            raise LoaderError("loader: yields no batch; check the data set's length, `drop_last` and the sampler")
+        if self._tail is not None:
+            self._seen.append(first)
+        self.first = self._moved(first)
+
+    def _moved(self, batch: Any) -> Any:
+        return tree_map(lambda v: v.to(self._device) if isinstance(v, torch.Tensor) else v, batch)
+
+    def _one_pass(self) -> Iterator[Any]:
+        if self._tail is None:
+            yield from self._loader
+            return
+        yield from list(self._seen)
+        for batch in self._tail:
+            self._seen.append(batch)
+            yield batch
+
+    def take(self, count: int) -> Iterator[Any]:
+        """`count` batches from the start, the loader begun anew as often as it takes."""
+        given = 0
+        while given < count:
+            before = given
+            for batch in islice(self._one_pass(), count - given):
+                given += 1
+                yield self._moved(batch)
+            if given == before:
+                raise LoaderError("loader: yields no batch when it is iterated a second time")
+
+    def inputs(self) -> Any:
+        """The model's inputs in the first batch: its first part, or the batch where it is a tensor itself.
+
+        Raises:
+            ArgumentError: the batch is neither; `example` has to say what the model takes.
+        """
+        if isinstance(self.first, torch.Tensor):
+            return self.first
+        if isinstance(self.first, (tuple, list)) and self.first and isinstance(self.first[0], torch.Tensor):
+            return self.first[0]
+        raise ArgumentError(
+            f"example: the loader yields {type(self.first).__name__} batches; pass example=, the input (or tuple or "
+            "dict of inputs) of one forward"
+        )
+
+    def size(self) -> int:
+        """Examples in the data set, as far as the loader says; else in the first batch."""
+        try:
+            return len(self._loader.dataset)
+        except (AttributeError, TypeError):
+            tensor = self.first if isinstance(self.first, torch.Tensor) else self.first[0]
+            return len(tensor) if isinstance(tensor, torch.Tensor) else 1
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The default loss: cross entropy of model(inputs) with targets (class indices, or probabilities).
+
+    Raises:
+        LoaderError: the batch is not (inputs, targets), or the targets do not fit the model's output.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise LoaderError(
+            f"loader: expected (inputs, targets) batches, got {type(batch).__name__}"
+            + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+            + "; for any other batch pass loss_fn=, a function (model, batch) -> loss"
+        )
+    inputs, targets = batch
+    logits = model(inputs)
+    while not isinstance(logits, torch.Tensor):
+        logits = next(iter(logits.values())) if isinstance(logits, dict) else logits[0]
+    try:
+        return F.cross_entropy(logits, targets)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        shape = tuple(targets.shape) if isinstance(targets, torch.Tensor) else type(targets).__name__
+        raise LoaderError(
+            f"loader: targets {shape} do not fit the model's output {tuple(logits.shape)}: {error}; "
+            "give the model a head for these classes, or pass loss_fn="
+        ) from error
+
+
+def check_forward(model: nn.Module, batch: Any, loss_fn: LossFn) -> None:
+    """Runs the loss once on the first batch, without gradients.
+
+    Raises:
+        LoaderError: the model cannot take the batch, or the loss is not a finite scalar.
+    """
+    with torch.no_grad():
+        try:
+            loss = loss_fn(model, batch)
+        except LoaderError:
+            raise
+        except Exception as error:
+            raise LoaderError(
+                f"loader: the model or loss_fn cannot take its batches ({_describe(batch)}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ArgumentError(f"loss_fn: must return a scalar tensor, got {_describe(loss)}")
+    if not bool(torch.isfinite(loss)):
+        raise LoaderError(f"loader: the loss of the first batch is {loss.item()}; check the inputs for NaN or inf")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(_describe(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def some_examples(inputs: Any, count: int) -> Any:
+    """The first `count` examples of a batch of inputs."""
+    return tree_map(lambda v: v[:count] if isinstance(v, torch.Tensor) and v.dim() else v, inputs)

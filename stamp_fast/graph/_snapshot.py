@@ -1,0 +1,58 @@
+"""Everything that pruning may change, so that it can be put back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Snapshot:
+    """State of a model, and of the optimizer and average that go with it, from which `restore` goes back.
+
+    Args:
+        copy_values: also guards against in-place changes of parameters and buffers, at the price of a copy of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        ema: nn.Module | None = None,
+        copy_values: bool = False,
+    ) -> None:
+        modules = list(model.modules()) + (list(ema.modules()) if ema is not None else [])
+        self.attributes = [(module, dict(module.__dict__)) for module in modules]
+        tensors = {}
+        for module in modules:
+            for table in (module._parameters, module._buffers):
+                tensors.update({id(t): t for t in table.values() if t is not None})
+        self.tensors = [
+            (t, t.data, t.data.clone(memory_format=torch.preserve_format) if copy_values else None, t.grad)
+            for t in tensors.values()
+        ]
+        states = optimizer.state if optimizer is not None else {}
+        self.states = [(state, dict(state)) for state in states.values() if isinstance(state, dict)]
+
+    def restore(self) -> None:
+        for module, attributes in self.attributes:
+            module.__dict__.update(attributes)
+        for tensor, data, values, grad in self.tensors:
+            if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
+                tensor.grad = None
+                replace_data(tensor, data)
+            if values is not None:
+                with torch.no_grad():
+                    tensor.copy_(values)
+            tensor.grad = grad
+        for state, saved in self.states:
+            state.clear()
+            state.update(saved)
+
+
+def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Gives a parameter or buffer new storage, of any shape."""
+    # A gradient accumulator that an earlier graph keeps alive remembers the old shape; a change of dtype makes
+    # autograd drop it, a change of shape alone does not.
+    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data

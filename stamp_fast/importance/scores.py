@@ -1,0 +1,133 @@
+"""Channel importance scores of the literature, over coupled channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import ArgumentError, ModelError
+from ..graph import ChannelGraph
+
+
+def _scatter(graph: ChannelGraph, totals: torch.Tensor, axis: torch.Tensor, values: torch.Tensor) -> None:
+    live = axis >= 0
+    totals.index_add_(0, axis[live], values.detach().float().cpu()[live])
+
+
+def _others(values: torch.Tensor, dim: int) -> list[int]:
+    return [d for d in range(values.dim()) if d != dim]
+
+
+def magnitude(graph: ChannelGraph, p: int = 1) -> torch.Tensor:
+    """L1 or L2 norm of all weights coupled to a class, those that emit it and those that read it.
+
+    Li et al. 2017 (L1 norm of the filter), summed over the coupled weights as in DepGraph (Fang et al. 2023).
+
+    Args:
+        p: 1 or 2.
+
+    Raises:
+        ArgumentError: another `p`.
+    """
+    if p not in (1, 2):
+        raise ArgumentError(f"magnitude: p must be 1 or 2, got {p}")
+    totals = torch.zeros(graph.num_classes)
+    with torch.no_grad():
+        for slot in graph.slots:
+            if not slot.is_parameter or len(slot.axes) < 2 or all(axis is None for axis in slot.axes):
+                continue
+            weight = slot.tensor.detach()
+            for dim, axis in enumerate(slot.axes):
+                if axis is not None:
+                    norms = torch.linalg.vector_norm(weight, p, dim=_others(weight, dim), dtype=torch.float32)
+                    _scatter(graph, totals, axis, norms if p == 1 else norms.square())
+    return totals if p == 1 else totals.sqrt()
+
+
+def bn_scale(graph: ChannelGraph) -> torch.Tensor:
+    """Sum of |gamma| of the batch norms a class passes through (Network Slimming, Liu et al. 2017).
+
+    Raises:
+        ModelError: a prunable group passes through no batch norm with a scale, so that it cannot be ranked.
+    """
+    totals = torch.zeros(graph.num_classes)
+    covered = torch.zeros(graph.num_classes, dtype=torch.bool)
+    for slot in graph.slots:
+        module, key = slot.owners[0]
+        axis = slot.axes[0] if slot.axes else None
+        if isinstance(module, _NormBase) and key == "weight" and axis is not None:
+            _scatter(graph, totals, axis, slot.tensor.abs())
+            covered[axis[axis >= 0]] = True
+    for group in graph.prunable:
+        if not covered[group.classes].all():
+            raise ModelError(
+                f"bn_scale: the channels of '{group.name}' pass through no batch norm with a scale; "
+                f"keep that layer (keep=['{group.name}']) or use method='magnitude' or 'taylor'"
+            )
+    return totals
+
+
+def random(graph: ChannelGraph, seed: int | None = None) -> torch.Tensor:
+    """Uniform random scores: the baseline every other one has to beat."""
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    else:
+        generator.seed()
+    return torch.rand(graph.num_classes, generator=generator)
+
+
+def taylor(
+    graph: ChannelGraph,
+    batches: Iterable[Any],
+    loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor],
+) -> torch.Tensor:
+    """First-order estimate of what removing a class does to the loss (Molchanov et al. 2019): |dL/dz| at z = 1.
+
+    z scales every weight that reads the class, so dL/dz is the sum of w * dL/dw over all its readers; mean over
+    batches of the absolute value. A class that no weight reads is scored by the weights that emit it instead.
+    Gradients, statistics and training flags of the model are left as they were.
+
+    Args:
+        batches: what `loss_fn` understands.
+        loss_fn: (model, batch) -> scalar loss.
+
+    Raises:
+        ArgumentError: no batch was given.
+    """
+    read = graph.read_by_weights()
+    emitters = [] if bool(read.all()) else _emitters(graph)
+    totals = torch.zeros(graph.num_classes)
+    plan = graph.plan(graph.all_kept())
+    count = 0
+    for batch in batches:
+        z = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
+        with graph.masked(plan, z), torch.enable_grad():
+            loss = loss_fn(graph.model, batch)
+            weights = [slot.tensor for slot, _ in emitters]
+        grads = torch.autograd.grad(loss, [z, *weights], allow_unused=True)
+        scores = torch.zeros(graph.num_classes) if grads[0] is None else grads[0].detach().float().cpu()
+        emitted = torch.zeros(graph.num_classes)
+        for (slot, dim), weight, grad in zip(emitters, weights, grads[1:], strict=True):
+            if grad is not None:
+                product = weight.detach() * grad
+                _scatter(graph, emitted, slot.axes[dim], product.sum(_others(product, dim)) if dim or product.dim() > 1 else product)
+        totals += torch.where(read, scores, emitted).abs()
+        count += 1
+    if count == 0:
+        raise ArgumentError("taylor: needs at least one batch")
+    return totals / count
+
+
+def _emitters(graph: ChannelGraph) -> list[tuple[Any, int]]:
+    """Trainable parameters with the dim along which they make channels rather than read them."""
+    found = []
+    for i, slot in enumerate(graph.slots):
+        reading = graph.reader_dim(i)
+        dims = [d for d, axis in enumerate(slot.axes) if axis is not None and d != reading]
+        if slot.is_parameter and slot.tensor.requires_grad and dims:
+            found.append((slot, dims[0]))
+    return found

@@ -1,0 +1,88 @@
+"""The methods by name. A method is only how a score per class comes about; everything else is shared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import importance
+from .budget import Budget
+from .data import Batches, LossFn
+from .graph import ChannelGraph
+from .stamp import adapt
+
+_TAYLOR_BATCHES = 8
+# Global rankings may starve a layer on a handful of batches: this fraction of every group stays.
+_FLOOR = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a method may look at."""
+
+    graph: ChannelGraph
+    batches: Batches
+    inputs: Any
+    loss_fn: LossFn
+    budget: Budget
+    steps: int
+    seed: int | None
+    on_step: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Scores per class, higher = keep, and how `Budget.select` is to compare them."""
+
+    scores: torch.Tensor
+    ranking: str
+    floor: float = 0.0
+
+
+def _stamp(request: Request) -> Ranking:
+    generator = torch.Generator()
+    if request.seed is not None:
+        generator.manual_seed(request.seed)
+    else:
+        generator.seed()
+    scores = adapt(
+        request.graph,
+        request.inputs,
+        request.batches.take(request.steps),
+        request.loss_fn,
+        request.budget,
+        steps=request.steps,
+        set_size=request.batches.size(),
+        generator=generator,
+        on_step=request.on_step,
+    )
+    return Ranking(scores, "global", _FLOOR)
+
+
+def _taylor(request: Request) -> Ranking:
+    batches = request.batches.take(_TAYLOR_BATCHES)
+    return Ranking(importance.taylor(request.graph, batches, request.loss_fn), "global", _FLOOR)
+
+
+def _bn_scale(request: Request) -> Ranking:
+    return Ranking(importance.bn_scale(request.graph), "global", _FLOOR)
+
+
+def _magnitude(request: Request) -> Ranking:
+    return Ranking(importance.magnitude(request.graph), "local")
+
+
+def _random(request: Request) -> Ranking:
+    return Ranking(importance.random(request.graph, request.seed), "local")
+
+
+METHODS: dict[str, Callable[[Request], Ranking]] = {
+    "stamp": _stamp,
+    "taylor": _taylor,
+    "magnitude": _magnitude,
+    "bn_scale": _bn_scale,
+    "random": _random,
+}

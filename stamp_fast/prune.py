@@ -1,0 +1,177 @@
+"""The one road: trace, score, select, compact, recalibrate, report."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ._phases import Phases, in_mode
+from .budget import Budget
+from .checks import check_arguments, check_model, check_optimizer, check_prunable
+from .data import Batches, LossFn, check_forward, cross_entropy, some_examples
+from .errors import ArgumentError, CompactionError, TraceError
+from .graph import ChannelGraph, trace
+from .graph._snapshot import Snapshot
+from .graph._verify import difference, masked_output
+from .graph.graph import unwrapped
+from .methods import METHODS, Request
+from .recalibrate import recalibrate
+from .report import GroupVerdict, PruneReport, compare_steps
+
+_RECALIBRATION_BATCHES = 20
+_reports: WeakKeyDictionary[nn.Module, PruneReport] = WeakKeyDictionary()
+
+
+def prune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    budget: Budget = Budget(macs=0.5),  # noqa: B008  (frozen)
+    method: str = "stamp",
+    steps: int = 20,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    keep: Iterable[str] = (),
+    round_to: int | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Makes `model` physically smaller, in place, with the channels that matter for the loader's data.
+
+    Args:
+        model: on one device, with a head for the loader's classes. Training flags are left as they are.
+        loader: yields (inputs, targets), or anything that `loss_fn` understands.
+        budget: fractions of the dense network that may stay.
+        method: "stamp" (gates and weights trained jointly for `steps` steps), "taylor", "magnitude", "bn_scale",
+            "random".
+        steps: batches that method "stamp" trains on.
+        loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets.
+        optimizer: its state is cut along with the parameters.
+        example: what one forward takes (tensor, tuple or dict), where the batch's first part is not that.
+        keep: names of modules or parameters whose channels all stay.
+        round_to: widths that are cut stay multiples of it.
+        seed: makes the result repeatable, for a loader that is.
+        progress: a progress bar, where it takes over a second.
+
+    Returns:
+        The same object. `report(model)` says what was done and why.
+
+    Raises:
+        StampFastError: ArgumentError, LoaderError, ModelError, TraceError, BudgetError or CompactionError; the
+            message names the culprit, and model and optimizer are as they were.
+    """
+    keep = keep if isinstance(keep, str) else tuple(keep)
+    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer)
+    network = unwrapped(model)
+    batches = Batches(loader, check_model(network))
+    check_optimizer(network, optimizer)
+    loss_fn = loss_fn or cross_entropy
+    inputs = batches.inputs() if example is None else example
+    phases = Phases(progress, steps if method == "stamp" else 0)
+    before = Snapshot(network, optimizer, copy_values=True)
+    try:
+        with phases, torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            with phases("trace"), in_mode(network, training=False):
+                check_forward(network, batches.first, loss_fn)
+                graph = trace(network, inputs)
+                graph.protect(keep)
+                graph.settle()
+                check_prunable(graph)
+                dense = _copy(network)
+            with phases("score"), in_mode(network, training=True):
+                ranked = METHODS[method](Request(graph, batches, inputs, loss_fn, budget, steps, seed, phases.advance))
+            with phases("cut"), in_mode(network, training=False):
+                kept, error = _select_and_cut(graph, ranked, budget, round_to, optimizer, some_examples(inputs, 8))
+            with phases("recalibrate"):
+                recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn)
+            with phases("measure"):
+                costs = compare_steps([dense, _copy(network)], batches.first, loss_fn) if dense is not None else None
+    except BaseException:
+        before.restore()
+        raise
+    _reports[network] = _report(graph, kept, method, budget, costs, error, phases.seconds)
+    return model
+
+
+def report(model: nn.Module) -> PruneReport:
+    """What the last `prune` of this model did.
+
+    Raises:
+        ArgumentError: the model was not pruned by `prune` in this process.
+    """
+    try:
+        return _reports[unwrapped(model)]
+    except KeyError:
+        raise ArgumentError("report: this model was not pruned by stamp_fast.prune in this process") from None
+
+
+def _select_and_cut(
+    graph: ChannelGraph, ranked: Any, budget: Budget, round_to: int | None, optimizer: Any, inputs: Any
+) -> tuple[torch.Tensor, float | None]:
+    """Cuts what the scores and the budget say; a group that turns out to be fixed is kept and the rest chosen anew."""
+    while True:
+        kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+        try:
+            graph.check(kept)
+            break
+        except CompactionError as fixed:
+            if not fixed.groups:
+                raise
+            graph.keep_groups(fixed.groups, fixed.reason)
+    try:
+        expected = masked_output(graph, kept, inputs)
+    except TraceError:
+        expected = None
+    graph.compact(kept, optimizer=optimizer)
+    with torch.no_grad():
+        return kept, None if expected is None else difference(graph.forward(inputs), expected)
+
+
+def _copy(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # a model may hold anything; the report then says "not measured"
+        return None
+
+
+def _report(
+    graph: ChannelGraph, kept: torch.Tensor, method: str, budget: Budget, costs: Any, error: float | None, seconds: dict
+) -> PruneReport:
+    verdicts = []
+    for group in graph.groups + graph.frozen:
+        share = kept[group.classes].float().mean().item() if group.num_classes else 1.0
+        left = round(group.channels * share)
+        reason = group.reason or ("" if left < group.channels else "all its channels rank above the cut")
+        verdicts.append(GroupVerdict(group.name, group.channels, left, "kept" if reason else "pruned", reason))
+    notes = []
+    if costs is None:
+        notes.append("the train step was not measured: the model cannot be copied")
+    elif costs[1].milliseconds >= costs[0].milliseconds:
+        notes.append("the pruned train step is NOT faster on this machine; try a larger batch or a smaller budget")
+    if error is None:
+        notes.append("the equality check was skipped: the forward on this device runs other operators than the trace")
+    before, after = costs or (None, None)
+    return PruneReport(
+        method=method,
+        budget=budget.asked(),
+        macs_before=graph.macs(),
+        macs_after=graph.macs(kept),
+        params_before=graph.params(),
+        params_after=graph.params(kept),
+        train_step_ms_before=before and before.milliseconds,
+        train_step_ms_after=after and after.milliseconds,
+        peak_memory_before=before and before.peak_bytes,
+        peak_memory_after=after and after.peak_bytes,
+        seconds=seconds,
+        equality_error=error,
+        groups=verdicts,
+        notes=notes,
+    )

@@ -1,0 +1,111 @@
+"""The report of one prune."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupVerdict:
+    """What became of one group of channels.
+
+    Attributes:
+        name: the layer that emits the channels.
+        channels: how many it had.
+        kept: how many it has.
+        verdict: "pruned" or "kept".
+        reason: why it was kept; "" where it was pruned.
+    """
+
+    name: str
+    channels: int
+    kept: int
+    verdict: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneReport:
+    """Costs before and after, measured on this machine; see the attributes' units.
+
+    Attributes:
+        method: how channels were scored.
+        budget: what was asked, fraction of the dense network by name.
+        macs_before, macs_after: multiply-accumulates of one example's forward.
+        params_before, params_after: parameters.
+        train_step_ms_before, train_step_ms_after: median of a training step on the first batch, milliseconds,
+            dense and pruned in turns; None where the model could not be copied.
+        peak_memory_before, peak_memory_after: peak bytes allocated during a training step; None likewise.
+        seconds: wall time of each phase.
+        equality_error: largest difference between the smaller network and the masked dense one, relative, before
+            statistics were recalibrated.
+        groups: a verdict for every group.
+        notes: what the user should know.
+    """
+
+    method: str
+    budget: dict[str, float]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    train_step_ms_before: float | None
+    train_step_ms_after: float | None
+    peak_memory_before: int | None
+    peak_memory_after: int | None
+    seconds: dict[str, float]
+    equality_error: float | None
+    groups: list[GroupVerdict]
+    notes: list[str]
+
+    def to_json(self) -> str:
+        """The report as a JSON object; one key per attribute."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        console = Console(width=110, record=False, color_system=None)
+        with console.capture() as capture:
+            console.print(self._summary())
+            console.print(self._group_table())
+            for note in self.notes:
+                console.print(f"note: {note}", soft_wrap=True)
+            spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
+            console.print(f"spent: {spent}", soft_wrap=True)
+            if self.equality_error is not None:
+                console.print(f"smaller network = masked dense network to {self.equality_error:.1e} (relative)")
+        return capture.get().rstrip()
+
+    def _summary(self) -> Table:
+        table = Table(title=f"pruned by '{self.method}' for {self.budget}")
+        for heading in ("", "before", "after", "ratio"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        rows = [
+            ("MACs (M)", self.macs_before / 1e6, self.macs_after / 1e6),
+            ("params (k)", self.params_before / 1e3, self.params_after / 1e3),
+            ("train step (ms)", self.train_step_ms_before, self.train_step_ms_after),
+            ("peak memory of a step (MB)", _megabytes(self.peak_memory_before), _megabytes(self.peak_memory_after)),
+        ]
+        for name, before, after in rows:
+            if before is None or after is None:
+                table.add_row(name, "not measured", "not measured", "")
+            else:
+                ratio = f"{before / after:.2f}x less" if after else ""
+                table.add_row(name, f"{before:.1f}", f"{after:.1f}", ratio)
+        return table
+
+    def _group_table(self) -> Table:
+        table = Table(title="channels")
+        for heading in ("layer", "before", "after", "verdict"):
+            table.add_column(heading, justify="right" if heading in ("before", "after") else "left", overflow="fold")
+        for group in self.groups:
+            verdict = group.verdict + (f": {group.reason}" if group.reason else "")
+            table.add_row(group.name, str(group.channels), str(group.kept), verdict)
+        return table
+
+
+def _megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 1e6

@@ -1,0 +1,96 @@
+"""A few joint steps of gates, weights and head on the virtually compacted network, on the target data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..budget import Budget
+from ..graph import ChannelGraph
+from ..graph._soft_cost import SoftCost
+from .gates import BetaBernoulliGates
+from .statistics import reader_means
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Knobs of the adaptation; the defaults are ours, chosen on the demo's task."""
+
+    gate_lr: float = 0.1
+    weight_lr: float = 0.01
+    momentum: float = 0.9
+    kl_scale: float = 1.0
+    budget_scale: float = 1.0
+    floor: float = 0.1
+
+
+def adapt(
+    graph: ChannelGraph,
+    inputs: Any,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    budget: Budget,
+    *,
+    steps: int,
+    set_size: int,
+    generator: torch.Generator | None = None,
+    settings: Settings = Settings(),  # noqa: B008  (frozen)
+    on_step: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Keep probability of every class for this data set, float32 [num_classes], to be ranked globally.
+
+    The model's parameters are trained along (they are what the smaller network inherits); its buffers are not touched.
+
+    Args:
+        inputs: a sample of the set; one forward of it conditions the gates.
+        batches: `steps` batches.
+        budget: the expected cost is pushed towards it, and the live part of the network shrinks to it step by step.
+        set_size: examples in the data set: the weight of the KL term is 1 / set_size.
+    """
+    gates = BetaBernoulliGates(standardised(graph, reader_means(graph, inputs)).to(graph.device))
+    weights = [p for p in graph.model.parameters() if p.requires_grad]
+    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=settings.gate_lr)
+    weight_optimizer = torch.optim.SGD(weights, lr=settings.weight_lr, momentum=settings.momentum)
+    costs = [(SoftCost(graph, kind), ask) for kind, ask in budget.asked().items()]
+    plan = graph.plan(graph.all_kept())
+    for step, batch in enumerate(batches):
+        if step:
+            plan = graph.plan(_live_part(graph, gates, budget, step / steps, settings.floor))
+        with torch.enable_grad():
+            with graph.masked(plan, gates.sample(generator)):
+                loss = loss_fn(graph.model, batch)
+            probability = gates.probability()
+            excess = sum(torch.relu(cost(probability) / ask - 1) for cost, ask in costs)
+            total = loss + settings.kl_scale / set_size * gates.kl() + settings.budget_scale * excess
+            total.backward()
+        gate_optimizer.step()
+        weight_optimizer.step()
+        gate_optimizer.zero_grad(set_to_none=True)
+        weight_optimizer.zero_grad(set_to_none=True)
+        on_step()
+    return gates.probability().detach().float().cpu()
+
+
+def standardised(graph: ChannelGraph, means: torch.Tensor) -> torch.Tensor:
+    """Activation means with mean 0 and deviation 1 over each group; 0 where nothing was measured."""
+    result = torch.zeros_like(means)
+    for group in graph.groups:
+        values = means[group.classes]
+        known = ~values.isnan()
+        if int(known.sum()) > 1:
+            deviation = values[known].std()
+            if deviation > 0:
+                result[group.classes][known] = (values[known] - values[known].mean()) / deviation
+    return result
+
+
+def _live_part(
+    graph: ChannelGraph, gates: BetaBernoulliGates, budget: Budget, progress: float, floor: float
+) -> torch.Tensor:
+    """Classes computed in this step: those of the highest probability, at a cost falling from 1 to the budget."""
+    relaxed = {kind: 1 - (1 - ask) * progress for kind, ask in budget.asked().items()}
+    return Budget(**relaxed).select(graph, gates.probability(), ranking="global", floor=floor, exact=False)

@@ -1,0 +1,77 @@
+"""Beta-Bernoulli gates (Lee et al. 2018, arXiv 1805.10896), one per channel class, conditioned on a set.
+
+The equations of the ancestor are followed exactly. That the per-example activation is replaced by one statistic of the
+whole set is our reading of STAMP (arXiv 2006.12139), whose own equations were not available to us.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+EULER = 0.5772156649
+PRIOR_ALPHA = 1e-4
+_EPS = 1e-6
+
+
+def expected_gate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean of Kumaraswamy(a, b): b * Gamma(1 + 1/a) * Gamma(b) / Gamma(1 + 1/a + b)."""
+    inverse = 1 / a
+    return torch.exp(b.log() + torch.lgamma(1 + inverse) + torch.lgamma(b) - torch.lgamma(1 + inverse + b))
+
+
+def kumaraswamy_kl(a: torch.Tensor, b: torch.Tensor, alpha: float = PRIOR_ALPHA) -> torch.Tensor:
+    """KL divergence of Kumaraswamy(a, b) from the sparse prior Beta(alpha, 1), elementwise."""
+    return (1 - alpha / a) * (-EULER - torch.digamma(b) - 1 / b) + (a * b).log() - math.log(alpha) - (b - 1) / b
+
+
+class BetaBernoulliGates(nn.Module):
+    """Keep probabilities p = E[pi] * clip(gamma * o + beta) with pi ~ Kumaraswamy(a, b) and o the set's statistic.
+
+    Args:
+        statistic: float, [classes]: standardised activation of each class over the set.
+        a_init: initial unconstrained a (a = softplus of it). The ancestor uses 2.0 on pretrained weights.
+        temperature: of the relaxed Bernoulli samples.
+    """
+
+    def __init__(
+        self,
+        statistic: torch.Tensor,
+        a_init: float = 2.0,
+        b_init: float = 0.5413,
+        gamma_init: float = 0.1,
+        beta_init: float = 0.75,
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("statistic", statistic)
+        self.a_unconstrained = nn.Parameter(torch.full_like(statistic, a_init))
+        self.b_unconstrained = nn.Parameter(torch.full_like(statistic, b_init))
+        self.gamma = nn.Parameter(torch.full_like(statistic, gamma_init))
+        self.beta = nn.Parameter(torch.full_like(statistic, beta_init))
+        self.temperature = temperature
+
+    def a_b(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The Kumaraswamy parameters, each [classes]."""
+        return F.softplus(self.a_unconstrained.clamp(min=-10)), F.softplus(self.b_unconstrained.clamp(-10, 50))
+
+    def _on_set(self, pi: torch.Tensor) -> torch.Tensor:
+        return (pi * (self.gamma * self.statistic + self.beta).clamp(_EPS, 1 - _EPS)).clamp(_EPS, 1 - _EPS)
+
+    def probability(self) -> torch.Tensor:
+        """Expected keep probability of every class, [classes]."""
+        return self._on_set(expected_gate(*self.a_b()))
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """One relaxed mask z in (0, 1) for the whole set, [classes]; differentiable in every parameter."""
+        a, b = self.a_b()
+        u, v = torch.rand((2, a.numel()), generator=generator).to(a).clamp(_EPS, 1 - _EPS)
+        pi = (1 - u ** (1 / b)).clamp(_EPS, 1 - _EPS) ** (1 / a)
+        return torch.sigmoid((torch.logit(self._on_set(pi)) + torch.logit(v)) / self.temperature)
+
+    def kl(self) -> torch.Tensor:
+        """Sum of the classes' KL divergences from the sparse prior."""
+        return kumaraswamy_kl(*self.a_b()).sum()

@@ -1,0 +1,55 @@
+"""Statistics of the activations at the places where channels are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..graph import _record
+from ..graph._record import Ref
+
+if TYPE_CHECKING:
+    from ..graph import ChannelGraph
+
+
+def reader_means(graph: ChannelGraph, inputs: Any) -> torch.Tensor:
+    """Per class, the mean activation that its readers see in one eval-mode forward; NaN where nothing reads it."""
+    mode = _Means(graph)
+    with _record.undisturbed(graph.model):
+        graph.model.eval()
+        with mode:
+            _record.call_model(graph.model, inputs)
+    return mode.sums / mode.counts
+
+
+class _Means(TorchDispatchMode):
+    def __init__(self, graph: ChannelGraph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.position = 0
+        self.sums = torch.zeros(graph.num_classes)
+        self.counts = torch.zeros(graph.num_classes)
+        self.readers = {read.op for read in graph._core.reads}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        calls = self.graph.recording.calls
+        if self.position in self.readers and calls[self.position].name == str(func):
+            self._look(calls[self.position], args)
+        self.position += 1
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, call: _record.Call, args: tuple) -> None:
+        for ref, value in zip(call.args, args, strict=False):
+            if not isinstance(ref, Ref) or not self.graph.is_activation(ref) or not value.is_floating_point():
+                continue
+            for dim in range(value.dim()):
+                axis = self.graph._core.axis_of(ref, dim)
+                if axis < 0:
+                    continue
+                classes = torch.from_numpy(self.graph._core.axes[axis][0]).long()
+                live = classes >= 0
+                means = value.movedim(dim, 0).flatten(1).float().mean(1).cpu()
+                self.sums.index_add_(0, classes[live], means[live])
+                self.counts.index_add_(0, classes[live], torch.ones(int(live.sum())))
