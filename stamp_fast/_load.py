@@ -38,7 +38,7 @@ def graph_core() -> ModuleType:
 
 _load_operators("_C")
 
-# True where the CUDA operators are built and torch can run them; without them CUDA tensors have no fast path.
+# True where the CUDA operators are loaded; without them CUDA tensors take the way of plain PyTorch operators.
 HAS_CUDA_KERNELS: bool = torch.version.cuda is not None and _library_path("_C_cuda") is not None
 if HAS_CUDA_KERNELS:
     _load_operators("_C_cuda")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..errors import TraceError
+from ._shapes import FAST
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(os.path.dirname(__file__))
@@ -175,10 +176,13 @@ class _Recorder(TorchDispatchMode):
             meta_kwargs = {k: _map(self._to_meta, v) for k, v in kwargs.items()}
             if "device" in meta_kwargs and meta_kwargs["device"] is not None:
                 meta_kwargs["device"] = torch.device("meta")
-            try:
-                result = func(*meta_args, **meta_kwargs)
-            except NotImplementedError:
-                result = _on_real_zeros(func, meta_args, meta_kwargs)
+            fast = FAST.get(func)
+            result = NotImplemented if fast is None or meta_kwargs else fast(meta_args)
+            if result is NotImplemented:
+                try:
+                    result = func(*meta_args, **meta_kwargs)
+                except NotImplementedError:
+                    result = _on_real_zeros(func, meta_args, meta_kwargs)
         self._write(func, args, kwargs, result)
         return result
 

@@ -12,6 +12,9 @@ from ..errors import ArgumentError, ModelError
 from ..graph import ChannelGraph
 
 
+_PIECE = 1 << 18  # elements worked on at a time
+
+
 def _scatter(graph: ChannelGraph, totals: torch.Tensor, axis: torch.Tensor, values: torch.Tensor) -> None:
     live = axis >= 0
     totals.index_add_(0, axis[live], values.detach().float().cpu()[live])
@@ -40,11 +43,25 @@ def magnitude(graph: ChannelGraph, p: int = 1) -> torch.Tensor:
             if not slot.is_parameter or len(slot.axes) < 2 or all(axis is None for axis in slot.axes):
                 continue
             weight = slot.tensor.detach()
-            for dim, axis in enumerate(slot.axes):
-                if axis is not None:
-                    norms = torch.linalg.vector_norm(weight, p, dim=_others(weight, dim), dtype=torch.float32)
-                    _scatter(graph, totals, axis, norms if p == 1 else norms.square())
+            for dim, sums in _power_sums(weight, p, [d for d, axis in enumerate(slot.axes) if axis is not None]):
+                _scatter(graph, totals, slot.axes[dim], sums)
     return totals if p == 1 else totals.sqrt()
+
+
+def _power_sums(weight: torch.Tensor, p: int, dims: list[int]) -> list[tuple[int, torch.Tensor]]:
+    """Sums of |w| ** p over all dims but one, for each of `dims`; in pieces that stay in the cache."""
+    rows = max(1, _PIECE // max(1, weight[0].numel()))
+    sums = {d: weight.new_zeros(weight.shape[d], dtype=torch.float32) for d in dims}
+    for start in range(0, weight.shape[0], rows):
+        piece = weight[start : start + rows].float()
+        powers = piece.abs() if p == 1 else piece.square()
+        for d in dims:
+            total = powers.sum(_others(powers, d))
+            if d == 0:
+                sums[d][start : start + rows] = total
+            else:
+                sums[d] += total
+    return list(sums.items())
 
 
 def bn_scale(graph: ChannelGraph) -> torch.Tensor:

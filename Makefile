@@ -1,0 +1,64 @@
+# Needs Python 3.11+ with venv, g++ and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_BUILD := build/cpp
+# Passed on: make demo ARGS="--help", make test ARGS="-k pack_weights"
+ARGS ?=
+
+NATIVE := setup.py setup.cfg $(shell find csrc kernels -type f -name '*.*')
+FORMATTED := $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# One ninja for every build: another version would start over.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: build demo lint test test-all pytest cpp bench clean
+
+build: $(VENV)/.native
+
+# torch comes before the package, because the package builds against the installed torch (pyproject.toml).
+$(VENV)/.tools:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip 'setuptools>=77' wheel
+	$(BIN)/python -m pip install torch torchvision numpy ninja cmake 'pybind11>=2.13'
+	touch $@
+
+$(VENV)/.package: $(VENV)/.tools pyproject.toml
+	$(BIN)/python -m pip install --no-build-isolation -e '.[all]'
+	touch $@
+
+$(VENV)/.native: $(VENV)/.package $(NATIVE)
+	$(BIN)/python setup.py build_ext
+	touch $@
+
+demo: build
+	$(BIN)/python -m stamp_fast demo $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+test: lint pytest cpp
+
+# With the tests marked slow.
+test-all: ARGS += -m ''
+test-all: test
+
+pytest: build
+	$(BIN)/python -m pytest $(ARGS)
+
+cpp: build
+	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DSF_SANITIZE=ON
+	$(BIN)/cmake --build $(CPP_BUILD)
+	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+bench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave \
+		--benchmark-storage=file://benchmarks/results $(ARGS)
+
+# Keeps .venv: it takes gigabytes to fetch.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.native
+	find csrc kernels stamp_fast tests -name '__pycache__' -prune -exec rm -rf {} +
+	rm -f stamp_fast/*.so

@@ -1,0 +1,54 @@
+"""The operators in plain PyTorch: slow, obvious, and what tests and benchmarks hold the native code to."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack_weights(
+    tensors: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """See `stamp_fast.ops.pack_weights`."""
+    packed = []
+    for tensor, row, col, scale in zip(tensors, rows, cols, scales, strict=True):
+        if row is not None and row.numel():
+            tensor = tensor[row]
+        if col is not None and col.numel():
+            tensor = tensor[:, col]
+        if scale is not None and scale.numel():
+            tensor = tensor * (scale if tensor.ndim == 1 else scale.view(1, -1, *[1] * (tensor.ndim - 2)))
+        packed.append(tensor.clone(memory_format=torch.preserve_format))
+    return packed
+
+
+def pack_weights_backward(
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients with respect to `tensors` and `scales` (empty where there is no scale)."""
+    tensor_grads, scale_grads = [], []
+    for grad, tensor, row, col, scale in zip(grads, tensors, rows, cols, scales, strict=True):
+        place = [
+            index if index.numel() else torch.arange(n, device=tensor.device)
+            for index, n in zip((row, col), tensor.shape, strict=False)
+        ]
+        if tensor.ndim > 1:
+            place[0] = place[0][:, None]
+        if scale.numel():
+            scaled_dim = 0 if tensor.ndim == 1 else 1
+            others = [dim for dim in range(tensor.ndim) if dim != scaled_dim]
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            product = grad.to(wide) * tensor[tuple(place)]
+            scale_grads.append((product.sum(others) if others else product).to(scale.dtype))
+            grad = grad * scale.view([-1 if dim == scaled_dim else 1 for dim in range(tensor.ndim)])
+        else:
+            scale_grads.append(scale.new_empty(0))
+        tensor_grads.append(torch.zeros_like(tensor).index_put(place, grad))
+    return tensor_grads, scale_grads
