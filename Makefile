@@ -53,9 +53,12 @@ cpp: build
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
 
+# A process and a result file each; for a quick look ARGS="--rounds 2".
 bench: build
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave \
-		--benchmark-storage=file://benchmarks/results $(ARGS)
+	for suite in train_step structural phases; do \
+		$(BIN)/python -m pytest benchmarks/test_$$suite.py --keep $$suite $(ARGS) || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.table benchmarks/results/*.json
 
 # Keeps .venv: it takes gigabytes to fetch.
 clean:

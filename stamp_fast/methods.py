@@ -51,7 +51,7 @@ def _stamp(request: Request) -> Ranking:
     scores = adapt(
         request.graph,
         request.inputs,
-        request.batches.take(request.steps),
+        request.batches.take,
         request.loss_fn,
         request.budget,
         steps=request.steps,

@@ -114,6 +114,11 @@ class ChannelGraph:
         """Whether a recorded tensor is no parameter, no buffer and no view of one."""
         return not self._core.is_slot_view(tensor)
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the layers whose channels are the model's output: its head."""
+        names = {group.name for group in self.frozen if group.reason and group.reason.startswith("output of the model")}
+        return [s.tensor for s in self.slots if s.is_parameter and s.name.rpartition(".")[0] in names]
+
     @property
     def device(self) -> torch.device:
         return self.slots[0].tensor.device

@@ -13,6 +13,7 @@ from ..budget import Budget
 from ..graph import ChannelGraph
 from ..graph._soft_cost import SoftCost
 from .gates import BetaBernoulliGates
+from .head import fit_head
 from .statistics import reader_means
 
 
@@ -20,7 +21,7 @@ from .statistics import reader_means
 class Settings:
     """Knobs of the adaptation; the defaults are ours, chosen on the demo's task."""
 
-    gate_lr: float = 0.1
+    gate_lr: float = 0.05
     weight_lr: float = 0.01
     momentum: float = 0.9
     kl_scale: float = 1.0
@@ -31,7 +32,7 @@ class Settings:
 def adapt(
     graph: ChannelGraph,
     inputs: Any,
-    batches: Iterable[Any],
+    batches: Callable[[int], Iterable[Any]],
     loss_fn: Callable[[nn.Module, Any], torch.Tensor],
     budget: Budget,
     *,
@@ -47,17 +48,18 @@ def adapt(
 
     Args:
         inputs: a sample of the set; one forward of it conditions the gates.
-        batches: `steps` batches.
+        batches: gives that many batches; asked twice for `steps` of them, first to fit the head.
         budget: the expected cost is pushed towards it, and the live part of the network shrinks to it step by step.
         set_size: examples in the data set: the weight of the KL term is 1 / set_size.
     """
+    fit_head(graph, batches(steps), loss_fn)
     gates = BetaBernoulliGates(standardised(graph, reader_means(graph, inputs)).to(graph.device))
     weights = [p for p in graph.model.parameters() if p.requires_grad]
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=settings.gate_lr)
     weight_optimizer = torch.optim.SGD(weights, lr=settings.weight_lr, momentum=settings.momentum)
     costs = [(SoftCost(graph, kind), ask) for kind, ask in budget.asked().items()]
     plan = graph.plan(graph.all_kept())
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches(steps)):
         if step:
             plan = graph.plan(_live_part(graph, gates, budget, step / steps, settings.floor))
         with torch.enable_grad():

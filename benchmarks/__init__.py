@@ -1,0 +1,1 @@
+"""What the README claims, measured: pytest-benchmark suites, results by machine, table writer."""

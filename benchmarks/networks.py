@@ -1,0 +1,99 @@
+"""ResNet-18 for 32 x 32 images with every width free: what someone would write by hand for given widths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["CifarResNet", "cifar_resnet18", "randomise", "widths_of"]
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels: int, inner: int, out: int, stride: int, projects: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, inner, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential()
+        if projects:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """3 x 3 stem, no max pool, stages of two basic blocks; all stages but the first halve the image."""
+
+    def __init__(self, widths: Sequence[int], inner: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.stages = nn.Sequential()
+        channels = widths[0]
+        for stage, out in enumerate(widths):
+            first, second = inner[2 * stage : 2 * stage + 2]
+            halves = stage > 0
+            self.stages.append(
+                nn.Sequential(
+                    BasicBlock(channels, first, out, 2 if halves else 1, projects=halves),
+                    BasicBlock(out, second, out, 1, projects=False),
+                )
+            )
+            channels = out
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def cifar_resnet18(
+    widths: Sequence[int] = (64, 128, 256, 512), inner: Sequence[int] | None = None, classes: int = 10
+) -> CifarResNet:
+    """ResNet-18 for (batch, 3, 32, 32) images.
+
+    Args:
+        widths: channels of each stage's residual stream; the first is the stem's too.
+        inner: channels between the convolutions of each block, two per stage; default: those of the stream.
+    """
+    inner = [width for width in widths for _ in range(2)] if inner is None else inner
+    if len(inner) != 2 * len(widths):
+        raise ValueError(f"cifar_resnet18: expected {2 * len(widths)} inner widths, got {len(inner)}")
+    return CifarResNet(widths, inner, classes)
+
+
+def widths_of(model: CifarResNet) -> dict[str, list[int]]:
+    """Arguments with which `cifar_resnet18` builds a network of the same widths."""
+    blocks = [block for stage in model.stages for block in stage]
+    return {
+        "widths": [stage[-1].conv2.weight.shape[0] for stage in model.stages],
+        "inner": [block.conv1.weight.shape[0] for block in blocks],
+    }
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every batch norm statistics, scales and biases of its own: at their initial values much would be
+    equal by accident, such as a dead channel that contributes zero anyway.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return torch.rand(like.shape, generator=generator) * (high - low) + low
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            layer = 0.7 + 0.6 * torch.rand((), generator=generator)
+            module.weight.copy_(layer * uniform(module.weight, 0.5, 1.5))
+            module.bias.copy_(uniform(module.bias, -0.3, 0.3))
+            module.running_mean.copy_(uniform(module.running_mean, -0.3, 0.3))
+            module.running_var.copy_(uniform(module.running_var, 0.5, 1.5))
+    return model
