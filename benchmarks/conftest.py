@@ -117,8 +117,6 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         if request.config.getoption("--check-bars"):
             for ratio in ratios:
                 value = ratio_of(samples, ratio).median
-                assert ratio.met(value), (
-                    f"{case}: {ratio.top} / {ratio.bottom} = {value:.3f}, bar {ratio.bar()}"
-                )
+                assert ratio.met(value), f"{case}: {ratio.top} / {ratio.bottom} = {value:.3f}, bar {ratio.bar()}"
 
     return run

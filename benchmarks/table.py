@@ -40,9 +40,7 @@ def _suite(name: str, entries: list[dict[str, Any]]) -> str:
     times = [[entry["case"], *(_milliseconds(entry["samples"].get(c)) for c in columns)] for entry in entries]
     parts = [title, _table(["", *columns], times)]
     ratios = [
-        [entry["case"], *_ratio_cells(entry["samples"], Ratio(**r))]
-        for entry in entries
-        for r in entry["ratios"]
+        [entry["case"], *_ratio_cells(entry["samples"], Ratio(**r))] for entry in entries for r in entry["ratios"]
     ]
     if ratios:
         parts.append(_table(["", "ratio of times", "value", "p20 to p80", "bar", ""], ratios))

@@ -45,9 +45,7 @@ def _choose(method: str, graph: ChannelGraph, batch: Batch) -> torch.Tensor:
     return graph.select(scores, BUDGET, ranking="global", floor=0.1)
 
 
-def _step(
-    model: nn.Module, batch: Batch, around: Callable[[], AbstractContextManager]
-) -> Callable[[], float]:
+def _step(model: nn.Module, batch: Batch, around: Callable[[], AbstractContextManager]) -> Callable[[], float]:
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
@@ -63,9 +61,7 @@ def _step(
 
 
 @torch.no_grad()
-def _check_outputs(
-    dense: nn.Module, graph: ChannelGraph, keep: torch.Tensor, small: list[nn.Module]
-) -> float:
+def _check_outputs(dense: nn.Module, graph: ChannelGraph, keep: torch.Tensor, small: list[nn.Module]) -> float:
     """In eval mode all compute what the dense network with masked channels does. The largest difference."""
     images = torch.randn(4, 3, 32, 32)
     expected = masked_output(graph, keep, images)

@@ -27,10 +27,9 @@ inline std::string shape_text(const torch::stable::Tensor& tensor) {
 
 inline void check_same_device(const char* op, const std::string& name, const torch::stable::Tensor& tensor,
                               const torch::stable::Tensor& first) {
-  SF_CHECK(tensor.is_cuda() == first.is_cuda() && tensor.get_device_index() == first.get_device_index(), op,
-           name, " must be on the device of tensors[0], ",
-           first.is_cuda() ? "cuda:" : "cpu:", first.get_device_index(), ", got ",
-           tensor.is_cuda() ? "cuda:" : "cpu:", tensor.get_device_index());
+  SF_CHECK(tensor.is_cuda() == first.is_cuda() && tensor.get_device_index() == first.get_device_index(), op, name,
+           " must be on the device of tensors[0], ", first.is_cuda() ? "cuda:" : "cpu:", first.get_device_index(),
+           ", got ", tensor.is_cuda() ? "cuda:" : "cpu:", tensor.get_device_index());
 }
 
 }  // namespace stamp_fast

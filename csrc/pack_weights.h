@@ -54,8 +54,7 @@ inline bool rows_are_dense(const Tensor& tensor, MemoryFormat format, bool exact
 inline MemoryFormat memory_format(const Tensor& tensor) {
   if (tensor.dim() != 4 && tensor.dim() != 5) return MemoryFormat::Contiguous;
   const auto last = tensor.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-  const bool is_last =
-      rows_are_dense(tensor, last, true) && !rows_are_dense(tensor, MemoryFormat::Contiguous, true);
+  const bool is_last = rows_are_dense(tensor, last, true) && !rows_are_dense(tensor, MemoryFormat::Contiguous, true);
   return is_last ? last : MemoryFormat::Contiguous;
 }
 
@@ -70,8 +69,8 @@ inline Tensor with_dense_rows(const Tensor& tensor, MemoryFormat format) {
   return torch::stable::contiguous(tensor, format);
 }
 
-inline PackLayout make_layout(const char* op, size_t i, const Tensor& tensor, const Tensor& rows,
-                              const Tensor& cols, const Tensor& scale, const Tensor& first) {
+inline PackLayout make_layout(const char* op, size_t i, const Tensor& tensor, const Tensor& rows, const Tensor& cols,
+                              const Tensor& scale, const Tensor& first) {
   const auto dtype = tensor.scalar_type();
   SF_CHECK(tensor.dim() >= 1, op, item_name("tensors", i), " must have at least 1 dimension, got 0");
   SF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -81,15 +80,14 @@ inline PackLayout make_layout(const char* op, size_t i, const Tensor& tensor, co
 
   const std::pair<const char*, const Tensor*> indices[] = {{"rows", &rows}, {"cols", &cols}};
   for (const auto& [name, index] : indices) {
-    SF_CHECK(index->dim() == 1, op, item_name(name, i), " must have 1 dimension, got shape ",
-             shape_text(*index));
+    SF_CHECK(index->dim() == 1, op, item_name(name, i), " must have 1 dimension, got shape ", shape_text(*index));
     SF_CHECK(index->scalar_type() == ScalarType::Long, op, item_name(name, i), " must be int64, got ",
              index->scalar_type());
     check_same_device(op, item_name(name, i), *index, first);
   }
   const bool vector = tensor.dim() == 1;
-  SF_CHECK(!vector || cols.numel() == 0, op, item_name("cols", i),
-           " must be empty for a tensor of 1 dimension, got ", cols.numel(), " indices");
+  SF_CHECK(!vector || cols.numel() == 0, op, item_name("cols", i), " must be empty for a tensor of 1 dimension, got ",
+           cols.numel(), " indices");
 
   PackLayout layout;
   layout.format = memory_format(tensor);
@@ -110,13 +108,11 @@ inline PackLayout make_layout(const char* op, size_t i, const Tensor& tensor, co
   layout.col_index = contiguous_or_none(vector ? rows : cols);
   if (!vector) layout.row_index = contiguous_or_none(rows);
 
-  SF_CHECK(scale.dim() == 1, op, item_name("scales", i), " must have 1 dimension, got shape ",
-           shape_text(scale));
+  SF_CHECK(scale.dim() == 1, op, item_name("scales", i), " must have 1 dimension, got shape ", shape_text(scale));
   SF_CHECK(scale.scalar_type() == dtype, op, item_name("scales", i), " must have the dtype of ",
            item_name("tensors", i), ", ", dtype, ", got ", scale.scalar_type());
-  SF_CHECK(scale.numel() == 0 || scale.numel() == layout.cols, op, item_name("scales", i), " must have ",
-           layout.cols, " elements, one for each packed ", vector ? "row" : "column", ", got ",
-           scale.numel());
+  SF_CHECK(scale.numel() == 0 || scale.numel() == layout.cols, op, item_name("scales", i), " must have ", layout.cols,
+           " elements, one for each packed ", vector ? "row" : "column", ", got ", scale.numel());
   check_same_device(op, item_name("scales", i), scale, first);
   layout.scale = contiguous_or_none(scale);
   return layout;
@@ -127,8 +123,8 @@ inline std::vector<PackLayout> make_layouts(const char* op, const TensorList& te
   const std::pair<const char*, size_t> lengths[] = {
       {"rows", rows.size()}, {"cols", cols.size()}, {"scales", scales.size()}};
   for (const auto& [name, length] : lengths) {
-    SF_CHECK(length == tensors.size(), op, name, " must have the length of tensors, ", tensors.size(),
-             ", got ", length);
+    SF_CHECK(length == tensors.size(), op, name, " must have the length of tensors, ", tensors.size(), ", got ",
+             length);
   }
   std::vector<PackLayout> layouts;
   layouts.reserve(tensors.size());
@@ -139,17 +135,16 @@ inline std::vector<PackLayout> make_layouts(const char* op, const TensorList& te
 }
 
 // Checks the gradients and brings each one to the memory format of its tensor.
-inline TensorList make_grads(const char* op, const TensorList& grads,
-                             const std::vector<PackLayout>& layouts) {
-  SF_CHECK(grads.size() == layouts.size(), op, "grads must have the length of tensors, ", layouts.size(),
-           ", got ", grads.size());
+inline TensorList make_grads(const char* op, const TensorList& grads, const std::vector<PackLayout>& layouts) {
+  SF_CHECK(grads.size() == layouts.size(), op, "grads must have the length of tensors, ", layouts.size(), ", got ",
+           grads.size());
   TensorList out;
   out.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     const auto& layout = layouts[i];
     const auto sizes = grads[i].sizes();
-    SF_CHECK(std::vector<int64_t>(sizes.begin(), sizes.end()) == layout.packed_sizes, op,
-             item_name("grads", i), " must have the shape of the packed tensor, got ", shape_text(grads[i]));
+    SF_CHECK(std::vector<int64_t>(sizes.begin(), sizes.end()) == layout.packed_sizes, op, item_name("grads", i),
+             " must have the shape of the packed tensor, got ", shape_text(grads[i]));
     SF_CHECK(grads[i].scalar_type() == layout.dense.scalar_type(), op, item_name("grads", i),
              " must have the dtype of ", item_name("tensors", i), ", ", layout.dense.scalar_type(), ", got ",
              grads[i].scalar_type());
@@ -161,10 +156,10 @@ inline TensorList make_grads(const char* op, const TensorList& grads,
 
 inline void check_needs(const char* op, size_t length, const std::vector<bool>& need_tensors,
                         const std::vector<bool>& need_scales) {
-  SF_CHECK(need_tensors.size() == length, op, "need_tensors must have the length of tensors, ", length,
-           ", got ", need_tensors.size());
-  SF_CHECK(need_scales.size() == length, op, "need_scales must have the length of tensors, ", length,
-           ", got ", need_scales.size());
+  SF_CHECK(need_tensors.size() == length, op, "need_tensors must have the length of tensors, ", length, ", got ",
+           need_tensors.size());
+  SF_CHECK(need_scales.size() == length, op, "need_scales must have the length of tensors, ", length, ", got ",
+           need_scales.size());
 }
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, MemoryFormat format) {

@@ -39,9 +39,7 @@ SF_HOST_DEVICE inline To bit_copy(From from) {
 
 SF_HOST_DEVICE inline float widen(float value) { return value; }
 SF_HOST_DEVICE inline double widen(double value) { return value; }
-SF_HOST_DEVICE inline float widen(BFloat16 value) {
-  return bit_copy<float>(static_cast<uint32_t>(value.bits) << 16);
-}
+SF_HOST_DEVICE inline float widen(BFloat16 value) { return bit_copy<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 SF_HOST_DEVICE inline float widen(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;

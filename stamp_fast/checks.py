@@ -14,18 +14,29 @@ from .graph import ChannelGraph
 
 
 def check_arguments(
-    budget: Any, method: str, methods: Iterable[str], steps: int, round_to: int | None, keep: Any, optimizer: Any
+    budget: Any,
+    method: Any,
+    methods: Iterable[str],
+    steps: Any,
+    round_to: Any,
+    keep: Any,
+    optimizer: Any,
+    seed: Any,
 ) -> None:
     if not isinstance(budget, Budget):
         raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise ArgumentError(f"method: must be one of {', '.join(methods)}, got {method!r}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ArgumentError(f"steps: must be a whole number of at least 1, got {steps!r}")
     if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
         raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
-    if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
+    if not isinstance(keep, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in keep):
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ArgumentError(f"seed: must be a whole number or None, got {seed!r}")
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import ArgumentError, LoaderError
+from .errors import ArgumentError, LoaderError, StampFastError
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -35,7 +35,7 @@ class Batches:
         self._device = device
         self._tail = iterator if iterator is loader else None  # a generator: what it has yielded is kept
         self._seen: list[Any] = []
-        first = next(iterator, None)
+        first = _next(iterator)
         if first is None:
             raise LoaderError("loader: yields no batch; check the data set's length, `drop_last` and the sampler")
         if self._tail is not None:
@@ -59,7 +59,8 @@ class Batches:
         given = 0
         while given < count:
             before = given
-            for batch in islice(self._one_pass(), count - given):
+            batches = islice(self._one_pass(), count - given)
+            while (batch := _next(batches)) is not None:
                 given += 1
                 yield self._moved(batch)
             if given == before:
@@ -85,8 +86,16 @@ class Batches:
         try:
             return len(self._loader.dataset)
         except (AttributeError, TypeError):
-            tensor = self.first if isinstance(self.first, torch.Tensor) else self.first[0]
-            return len(tensor) if isinstance(tensor, torch.Tensor) else 1
+            return next((len(t) for t in tree_leaves(self.first) if isinstance(t, torch.Tensor) and t.dim()), 1)
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches, None)
+    except StampFastError:
+        raise
+    except Exception as error:
+        raise LoaderError(f"loader: raised {type(error).__name__}: {error}") from error
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -115,26 +124,39 @@ def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
         ) from error
 
 
-def check_forward(model: nn.Module, batch: Any, loss_fn: LossFn) -> None:
-    """Runs the loss once on the first batch, without gradients.
+def guarded(loss_fn: LossFn) -> LossFn:
+    """The loss with typed errors, for use on any batch."""
 
-    Raises:
-        LoaderError: the model cannot take the batch, or the loss is not a finite scalar.
-    """
-    with torch.no_grad():
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         try:
-            loss = loss_fn(model, batch)
-        except LoaderError:
+            value = loss_fn(model, batch)
+        except StampFastError:
             raise
         except Exception as error:
             raise LoaderError(
                 f"loader: the model or loss_fn cannot take its batches ({_describe(batch)}): "
                 f"{type(error).__name__}: {error}"
             ) from error
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ArgumentError(f"loss_fn: must return a scalar tensor, got {_describe(loss)}")
-    if not bool(torch.isfinite(loss)):
-        raise LoaderError(f"loader: the loss of the first batch is {loss.item()}; check the inputs for NaN or inf")
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise ArgumentError(f"loss_fn: must return a scalar tensor, got {_describe(value)}")
+        if not bool(torch.isfinite(value)):
+            raise LoaderError(f"loader: the loss of a batch is {value.item()}; check the inputs for NaN or inf")
+        return value
+
+    return loss
+
+
+def check_forward(model: nn.Module, batch: Any, loss_fn: LossFn) -> None:
+    """Runs a guarded loss once on the first batch.
+
+    Raises:
+        LoaderError: the model cannot take the batch, or the loss is not finite.
+        ArgumentError: the loss is no scalar, or is cut off from the model's parameters.
+    """
+    with torch.enable_grad():
+        loss = loss_fn(model, batch)
+    if any(p.requires_grad for p in model.parameters()) and not loss.requires_grad:
+        raise ArgumentError("loss_fn: its result does not depend on the model's parameters (detached, or .item()?)")
 
 
 def _describe(value: Any) -> str:

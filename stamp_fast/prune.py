@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ from torch import nn
 from ._phases import Phases, in_mode
 from .budget import Budget
 from .checks import check_arguments, check_model, check_optimizer, check_prunable
-from .data import Batches, LossFn, check_forward, cross_entropy, some_examples
+from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
 from .errors import ArgumentError, CompactionError, TraceError
 from .graph import ChannelGraph, trace
 from .graph._snapshot import Snapshot
@@ -37,7 +37,7 @@ def prune(
     loss_fn: LossFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
-    keep: Iterable[str] = (),
+    keep: Collection[str] = (),
     round_to: int | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -66,12 +66,11 @@ def prune(
         StampFastError: ArgumentError, LoaderError, ModelError, TraceError, BudgetError or CompactionError; the
             message names the culprit, and model and optimizer are as they were.
     """
-    keep = keep if isinstance(keep, str) else tuple(keep)
-    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer)
+    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer, seed)
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
     check_optimizer(network, optimizer)
-    loss_fn = loss_fn or cross_entropy
+    loss_fn = guarded(loss_fn or cross_entropy)
     inputs = batches.inputs() if example is None else example
     phases = Phases(progress, steps if method == "stamp" else 0)
     before = Snapshot(network, optimizer, copy_values=True)

@@ -104,9 +104,7 @@ def nvcc() -> str | None:
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
-@pytest.mark.parametrize(
-    "source", sorted((ROOT / "kernels" / "cuda").glob("*.cu")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("source", sorted((ROOT / "kernels" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_cuda_kernels_compile(source, tmp_path):
     flags = ["-std=c++20", "-Werror", "all-warnings", "-arch=sm_90", "-I", ROOT]
     run(nvcc(), *flags, "-c", source, "-o", tmp_path / "kernel.o", cwd=tmp_path)

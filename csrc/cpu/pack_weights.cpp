@@ -39,13 +39,11 @@ void check_index(const char* op, const std::string& name, const std::optional<Te
   }
 }
 
-void check_indices(const char* op, const std::vector<PackLayout>& layouts, const TensorList& tensors,
-                   bool unique) {
+void check_indices(const char* op, const std::vector<PackLayout>& layouts, const TensorList& tensors, bool unique) {
   for (size_t i = 0; i < layouts.size(); ++i) {
     const bool vector = tensors[i].dim() == 1;
     check_index(op, item_name("rows", i), layouts[i].row_index, layouts[i].dense_rows, unique);
-    check_index(op, item_name(vector ? "rows" : "cols", i), layouts[i].col_index, layouts[i].dense_cols,
-                unique);
+    check_index(op, item_name(vector ? "rows" : "cols", i), layouts[i].col_index, layouts[i].dense_cols, unique);
   }
 }
 
@@ -145,8 +143,7 @@ std::tuple<TensorList, TensorList> pack_weights_backward(const TensorList& grads
     Job& job = jobs[chunk.item];
     void* sum = nullptr;
     if (job.scale_grad) sum = job.sums.data() + job.sums.size() / job.parts * chunk.part;
-    cpu::pack_weights_backward(job.item, chunk.begin, chunk.end, job.packed_row.data(), job.grad,
-                               job.dense_grad, sum);
+    cpu::pack_weights_backward(job.item, chunk.begin, chunk.end, job.packed_row.data(), job.grad, job.dense_grad, sum);
   });
   sum_work.run([&](int64_t i) {
     Job& job = jobs[i];

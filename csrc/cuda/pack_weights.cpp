@@ -20,8 +20,8 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 void check_row_size(const char* op, size_t i, int64_t size) {
-  SF_CHECK(size < cuda::kMaxRowSize, op, item_name("tensors", i),
-           " must have rows of fewer than 2^31 elements, got ", size);
+  SF_CHECK(size < cuda::kMaxRowSize, op, item_name("tensors", i), " must have rows of fewer than 2^31 elements, got ",
+           size);
 }
 
 TensorList pack_weights(const TensorList& tensors, const TensorList& rows, const TensorList& cols,
@@ -68,8 +68,7 @@ std::tuple<TensorList, TensorList> pack_weights_backward(const TensorList& grads
   }
   const std::vector<int64_t> bytes = {cuda::pack_weights_backward_scratch(items)};
   const Tensor scratch = torch::stable::empty(bytes, ScalarType::Byte, std::nullopt, tensors[0].device());
-  STD_CUDA_CHECK(
-      cuda::pack_weights_backward(std::move(items), scratch.mutable_data_ptr(), current_stream(tensors[0])));
+  STD_CUDA_CHECK(cuda::pack_weights_backward(std::move(items), scratch.mutable_data_ptr(), current_stream(tensors[0])));
   return {std::move(tensor_grads), std::move(scale_grads)};
 }
 

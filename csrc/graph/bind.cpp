@@ -35,7 +35,8 @@ Value to_value(py::handle object, PyObject* ref) {
     value.real = PyFloat_AsDouble(raw);
   } else if (PyList_Check(raw) || PyTuple_Check(raw)) {
     value.kind = Value::Kind::kList;
-    for (const py::handle item : py::reinterpret_borrow<py::sequence>(object)) value.list.push_back(to_value(item, ref));
+    for (const py::handle item : py::reinterpret_borrow<py::sequence>(object))
+      value.list.push_back(to_value(item, ref));
   } else {
     value.kind = Value::Kind::kString;
     value.text = py::str(object);
@@ -51,13 +52,14 @@ void check_tensor(const Value& value, size_t num_tensors) {
 
 std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& shapes, const py::list& ops,
                                     const std::vector<bool>& is_parameter, std::vector<int32_t> outputs,
-                                    std::vector<int32_t> pinned, const py::object& ref) {
+                                    std::vector<int32_t> pinned, int32_t num_costed_ops, const py::object& ref) {
   Record record;
   for (const auto& shape : shapes) record.tensors.push_back({shape});
   record.num_slots = static_cast<int32_t>(is_parameter.size());
   record.is_parameter = is_parameter;
   record.outputs = std::move(outputs);
   record.pinned = std::move(pinned);
+  record.num_costed_ops = num_costed_ops;
   for (const py::handle item : ops) {
     const auto call = py::reinterpret_borrow<py::tuple>(item);
     Op op;
@@ -113,7 +115,7 @@ PYBIND11_MODULE(_graph, m) {
       .def_readonly("axis", &ClassRead::axis);
   py::class_<ChannelGraph>(m, "ChannelGraph")
       .def(py::init(&build), py::arg("shapes"), py::arg("ops"), py::arg("is_parameter"), py::arg("outputs"),
-           py::arg("pinned"), py::arg("ref"))
+           py::arg("pinned"), py::arg("num_costed_ops"), py::arg("ref"))
       .def_property_readonly("num_classes", &ChannelGraph::num_classes)
       .def_property_readonly("groups", &ChannelGraph::groups)
       .def_property_readonly("frozen", &ChannelGraph::frozen)
@@ -124,30 +126,27 @@ PYBIND11_MODULE(_graph, m) {
                                  events.append(py::make_tuple(event.reason, event.op));
                                return events;
                              })
-      .def_property_readonly("axes",
-                             [](const ChannelGraph& graph) {
-                               py::list axes;
-                               for (const ClassAxis& axis : graph.axes()) {
-                                 py::list layers;
-                                 for (const auto& layer : axis.layers)
-                                   layers.append(py::array_t<int32_t>(static_cast<py::ssize_t>(layer.size()), layer.data()));
-                                 axes.append(layers);
-                               }
-                               return axes;
-                             })
+      .def_property_readonly(
+          "axes",
+          [](const ChannelGraph& graph) {
+            py::list axes;
+            for (const ClassAxis& axis : graph.axes()) {
+              py::list layers;
+              for (const auto& layer : axis.layers)
+                layers.append(py::array_t<int32_t>(static_cast<py::ssize_t>(layer.size()), layer.data()));
+              axes.append(layers);
+            }
+            return axes;
+          })
       .def_property_readonly("macs_terms", [](const ChannelGraph& graph) { return terms(graph.macs_terms()); })
       .def_property_readonly("params_terms", [](const ChannelGraph& graph) { return terms(graph.params_terms()); })
       .def_property_readonly("reads", &ChannelGraph::reads)
       .def("axis_of", [](const ChannelGraph& graph, int32_t tensor, int dim) { return graph.axis_of(tensor, dim); })
       .def("slot_axis", &slot_axis, "Class of every position along a slot's dim, or None where it never shrinks.")
-      .def("macs",
-           [](const ChannelGraph& graph, const Keep& keep) {
-             return graph.cost(graph.macs_terms(), checked(graph, keep));
-           })
-      .def("params",
-           [](const ChannelGraph& graph, const Keep& keep) {
-             return graph.cost(graph.params_terms(), checked(graph, keep));
-           })
+      .def("macs", [](const ChannelGraph& graph,
+                      const Keep& keep) { return graph.cost(graph.macs_terms(), checked(graph, keep)); })
+      .def("params", [](const ChannelGraph& graph,
+                        const Keep& keep) { return graph.cost(graph.params_terms(), checked(graph, keep)); })
       .def("shapes", [](const ChannelGraph& graph, const Keep& keep) { return graph.shapes(checked(graph, keep)); })
       .def("scalar_args",
            [](const ChannelGraph& graph, const Keep& keep) {
@@ -157,6 +156,8 @@ PYBIND11_MODULE(_graph, m) {
                result.append(py::make_tuple(arg.op, arg.arg, graph.live(arg.axis, bytes)));
              return result;
            })
+      .def("live_before", [](const ChannelGraph& graph, int32_t axis, int64_t end,
+                             const Keep& keep) { return graph.live_before(axis, end, checked(graph, keep)); })
       .def("groups_of", &ChannelGraph::groups_of)
       .def("is_slot_view", &ChannelGraph::is_slot_view);
 }

@@ -70,7 +70,8 @@ void ChannelGraph::number_classes() {
         }
         int32_t group = group_of_root[root];
         if (group < 0) {
-          const auto [entry, is_new] = group_of_signature.emplace(signature[root], static_cast<int32_t>(groups_.size()));
+          const auto [entry, is_new] =
+              group_of_signature.emplace(signature[root], static_cast<int32_t>(groups_.size()));
           group = entry->second;
           if (is_new) {
             groups_.push_back({slot, dim, 0, 0, 0, -1});
@@ -150,16 +151,17 @@ void ChannelGraph::add_product(int32_t op, int64_t constant, const std::vector<s
   CostTerm term{op, constant, {}};
   for (const auto& [tensor, dim] : dims) {
     const int32_t axis = axis_of(tensor, dim);
-    if (axis < 0) term.constant *= record_.tensors[tensor].shape[dim];
-    else term.axes.push_back(axis);
+    if (axis < 0)
+      term.constant *= record_.tensors[tensor].shape[dim];
+    else
+      term.axes.push_back(axis);
   }
   macs_.push_back(std::move(term));
 }
 
 void ChannelGraph::collect_costs() {
-  for (size_t i = 0; i < record_.ops.size(); ++i) {
+  for (int32_t i = 0; i < record_.num_costed_ops; ++i) {
     const Op& op = record_.ops[i];
-    const auto index = static_cast<int32_t>(i);
     const std::string name = base_name(op.name);
     if (name == "convolution") {
       const int32_t x = tensor_arg(op, 0);
@@ -169,18 +171,18 @@ void ChannelGraph::collect_costs() {
       const std::vector<int64_t>& grid = record_.tensors[int_arg(op, 6) != 0 ? x : op.outs[0]].shape;
       int64_t constant = product(kernel, 2, kernel.size()) * product(grid, channel + 1, grid.size());
       if (channel == 1) constant *= grid[0];
-      add_product(index, constant, {{weight, 0}, {weight, 1}});
+      add_product(i, constant, {{weight, 0}, {weight, 1}});
     } else if (name == "mm" || name == "bmm" || name == "addmm" || name == "baddbmm") {
       const int32_t a = tensor_arg(op, name == "mm" || name == "bmm" ? 0 : 1);
       const int32_t out = op.outs[0];
       std::vector<std::pair<int32_t, int>> dims;
       for (int d = 0; d < propagator_->rank(out); ++d) dims.emplace_back(out, d);
       dims.emplace_back(a, propagator_->rank(a) - 1);
-      add_product(index, 1, dims);
+      add_product(i, 1, dims);
     } else if (name == "linear") {
       const int32_t weight = tensor_arg(op, 1);
       const std::vector<int64_t>& x = record_.tensors[tensor_arg(op, 0)].shape;
-      add_product(index, product(x, 0, x.size() - 1), {{weight, 0}, {weight, 1}});
+      add_product(i, product(x, 0, x.size() - 1), {{weight, 0}, {weight, 1}});
     } else if (name.find("scaled_dot_product") != std::string::npos) {
       const int32_t q = tensor_arg(op, 0);
       const int32_t k = tensor_arg(op, 1);
@@ -189,7 +191,7 @@ void ChannelGraph::collect_costs() {
       for (const int32_t wide : {q, v}) {
         std::vector<std::pair<int32_t, int>> dims{{k, last - 1}, {wide, last}};
         for (int d = 0; d < last; ++d) dims.emplace_back(q, d);
-        add_product(index, 1, dims);
+        add_product(i, 1, dims);
       }
     }
   }
@@ -198,21 +200,27 @@ void ChannelGraph::collect_costs() {
     CostTerm term{slot, 1, {}};
     for (int d = 0; d < propagator_->rank(slot); ++d) {
       const int32_t axis = axis_of(slot, d);
-      if (axis < 0) term.constant *= record_.tensors[slot].shape[d];
-      else term.axes.push_back(axis);
+      if (axis < 0)
+        term.constant *= record_.tensors[slot].shape[d];
+      else
+        term.axes.push_back(axis);
     }
     params_.push_back(std::move(term));
   }
 }
 
 int64_t ChannelGraph::live(int32_t axis, const uint8_t* keep) const {
+  return live_before(axis, axes_[axis].size, keep);
+}
+
+int64_t ChannelGraph::live_before(int32_t axis, int64_t end, const uint8_t* keep) const {
   const ClassAxis& dim = axes_[axis];
   int64_t count = 0;
   if (dim.layers.size() == 1) {
-    for (const int32_t c : dim.layers[0]) count += c < 0 || keep[c] != 0;
+    for (int64_t i = 0; i < end; ++i) count += dim.layers[0][i] < 0 || keep[dim.layers[0][i]] != 0;
     return count;
   }
-  for (int64_t i = 0; i < dim.size; ++i) {
+  for (int64_t i = 0; i < end; ++i) {
     bool alive = true;
     for (const auto& layer : dim.layers) alive &= layer[i] < 0 || keep[layer[i]] != 0;
     count += alive;

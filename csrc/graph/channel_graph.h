@@ -71,6 +71,8 @@ class ChannelGraph {
 
   // keep: one byte per class. Live positions of an axis.
   int64_t live(int32_t axis, const uint8_t* keep) const;
+  // Live positions among the first `end` of an axis.
+  int64_t live_before(int32_t axis, int64_t end, const uint8_t* keep) const;
   int64_t cost(const std::vector<CostTerm>& terms, const uint8_t* keep) const;
   // The shape of every tensor once the other classes are gone.
   std::vector<std::vector<int64_t>> shapes(const uint8_t* keep) const;

@@ -10,14 +10,13 @@ namespace stamp_fast {
 
 using Ids = std::shared_ptr<const std::vector<int32_t>>;
 
-inline Ids make_ids(std::vector<int32_t> ids) {
-  return std::make_shared<const std::vector<int32_t>>(std::move(ids));
-}
+inline Ids make_ids(std::vector<int32_t> ids) { return std::make_shared<const std::vector<int32_t>>(std::move(ids)); }
 
 // One dimension. A position dies as soon as its id in ANY layer dies. No layer means rigid: no position can be removed.
 struct Axis {
   std::vector<Ids> layers;
-  // While split sites are being looked at (first pass), the site that made this axis; the axis is then unknown, not rigid.
+  // While split sites are being looked at (first pass), the site that made this axis; the axis is then unknown, not
+  // rigid.
   int32_t site = -1;
   int32_t site_axis = -1;
 

@@ -91,9 +91,8 @@ void Propagator::pass() {
 // Attention contracts two activations over the head width. Where a reshape made that axis, the heads must survive,
 // and this has to be known before anything is tied: unions cannot be taken back.
 void Propagator::survey_split_sites() {
-  const bool has_attention = std::any_of(record_.ops.begin(), record_.ops.end(), [](const Op& op) {
-    return op.name.find("bmm") != std::string::npos;
-  });
+  const bool has_attention = std::any_of(record_.ops.begin(), record_.ops.end(),
+                                         [](const Op& op) { return op.name.find("bmm") != std::string::npos; });
   if (!has_attention) return;
   const UnionFind classes = classes_;
   const size_t events = events_.size();
@@ -276,8 +275,10 @@ void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64
   std::vector<int32_t> kept(sizes[survivor], -1);
   for (int64_t p = 0; p < total; ++p) {
     int32_t& first = kept[(p / strides[survivor]) % sizes[survivor]];
-    if (first < 0) first = ids[p];
-    else changed_ |= classes_.unite(first, ids[p]);
+    if (first < 0)
+      first = ids[p];
+    else
+      changed_ |= classes_.unite(first, ids[p]);
   }
   into[survivor].layers.push_back(make_ids(std::move(kept)));
 }

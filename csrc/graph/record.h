@@ -33,9 +33,10 @@ struct Op {
 struct Record {
   std::vector<TensorInfo> tensors;
   std::vector<Op> ops;
-  int32_t num_slots = 0;  // tensors [0, num_slots) are the model's parameters and buffers
+  int32_t num_slots = 0;           // tensors [0, num_slots) are the model's parameters and buffers
   std::vector<bool> is_parameter;  // per slot
   std::vector<int32_t> outputs;
+  int32_t num_costed_ops = 0;   // operators [0, n) are one forward; the cost counts those alone
   std::vector<int32_t> pinned;  // slots that something outside the trace aliases
 };
 

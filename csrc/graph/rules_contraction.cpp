@@ -98,8 +98,10 @@ void convolution(Propagator& graph, const Op& op) {
 
 // The operand that a mask scales: a parameter's where there is one, never both.
 void read_one_operand(Propagator& graph, int32_t a, int a_dim, int32_t b, int b_dim) {
-  if (graph.is_slot_view(a) && !graph.is_slot_view(b)) graph.read(a, a_dim, true);
-  else graph.read(b, b_dim, true);
+  if (graph.is_slot_view(a) && !graph.is_slot_view(b))
+    graph.read(a, a_dim, true);
+  else
+    graph.read(b, b_dim, true);
 }
 
 void matrix_product(Propagator& graph, int32_t a, int32_t b, int32_t bias, int32_t out) {

@@ -4,7 +4,8 @@
 namespace stamp_fast {
 namespace {
 
-// Every tensor argument meets every other one, aligned at the last dim. A dim of size 1, or a missing one, says nothing.
+// Every tensor argument meets every other one, aligned at the last dim. A dim of size 1, or a missing one, says
+// nothing.
 void elementwise(Propagator& graph, const Op& op) {
   if (op.outs.empty()) return;
   const int32_t out = op.outs[0];
@@ -51,26 +52,70 @@ void ordered_factory(Propagator& graph, const Op& op) {
 }  // namespace
 
 void add_elementwise_rules(RuleTable& table) {
-  for (const char* name :
-       {"abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "square", "sin",
-        "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "erf", "erfc", "sign", "sgn", "floor",
-        "ceil", "round", "trunc", "frac", "reciprocal", "pow", "sigmoid", "logit", "relu", "relu6", "hardtanh",
-        "hardswish", "hardsigmoid", "hardshrink", "softshrink", "leaky_relu", "rrelu_with_noise", "elu", "celu",
-        "selu", "silu", "gelu", "mish", "softplus", "log_sigmoid_forward", "threshold", "_prelu_kernel", "prelu",
-        "clamp", "clamp_min", "clamp_max", "clip", "add", "sub", "rsub", "mul", "multiply", "div", "true_divide",
-        "floor_divide", "remainder", "fmod", "maximum", "minimum", "fmax", "fmin", "hypot", "lerp", "addcmul",
-        "addcdiv", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
-        "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "isnan", "isinf",
-        "isfinite", "nan_to_num", "native_dropout", "bernoulli", "fill", "zero", "normal", "uniform", "exponential",
-        "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "copy"})
+  for (const char* name : {"abs",          "neg",
+                           "exp",          "exp2",
+                           "expm1",        "log",
+                           "log2",         "log10",
+                           "log1p",        "sqrt",
+                           "rsqrt",        "square",
+                           "sin",          "cos",
+                           "tan",          "asin",
+                           "acos",         "atan",
+                           "atan2",        "sinh",
+                           "cosh",         "tanh",
+                           "erf",          "erfc",
+                           "sign",         "sgn",
+                           "floor",        "ceil",
+                           "round",        "trunc",
+                           "frac",         "reciprocal",
+                           "pow",          "sigmoid",
+                           "logit",        "relu",
+                           "relu6",        "hardtanh",
+                           "hardswish",    "hardsigmoid",
+                           "hardshrink",   "softshrink",
+                           "leaky_relu",   "rrelu_with_noise",
+                           "elu",          "celu",
+                           "selu",         "silu",
+                           "gelu",         "mish",
+                           "softplus",     "log_sigmoid_forward",
+                           "threshold",    "_prelu_kernel",
+                           "prelu",        "clamp",
+                           "clamp_min",    "clamp_max",
+                           "clip",         "add",
+                           "sub",          "rsub",
+                           "mul",          "multiply",
+                           "div",          "true_divide",
+                           "floor_divide", "remainder",
+                           "fmod",         "maximum",
+                           "minimum",      "fmax",
+                           "fmin",         "hypot",
+                           "lerp",         "addcmul",
+                           "addcdiv",      "where",
+                           "masked_fill",  "eq",
+                           "ne",           "lt",
+                           "le",           "gt",
+                           "ge",           "logical_and",
+                           "logical_or",   "logical_not",
+                           "logical_xor",  "bitwise_and",
+                           "bitwise_or",   "bitwise_not",
+                           "bitwise_xor",  "isnan",
+                           "isinf",        "isfinite",
+                           "nan_to_num",   "native_dropout",
+                           "bernoulli",    "fill",
+                           "zero",         "normal",
+                           "uniform",      "exponential",
+                           "zeros_like",   "ones_like",
+                           "empty_like",   "full_like",
+                           "rand_like",    "randn_like",
+                           "copy"})
     table[name] = elementwise;
   for (const char* name : {"alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "view_as"})
     table[name] = copy_of;
   for (const char* name : {"zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full",
                            "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor"})
     table[name] = factory;
-  for (const char* name : {"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randint",
-                           "randperm"})
+  for (const char* name :
+       {"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randint", "randperm"})
     table[name] = ordered_factory;
 }
 

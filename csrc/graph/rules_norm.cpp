@@ -4,10 +4,6 @@
 namespace stamp_fast {
 namespace {
 
-void unlabel(Propagator& graph, const Op& op, size_t first) {
-  for (size_t k = first; k < op.outs.size(); ++k) graph.set(op.outs[k], Labels(graph.rank(op.outs[k])));
-}
-
 // batch_norm(x, weight, bias, running_mean, running_var, ...): statistics per channel (dim 1) over everything else.
 void batch_norm(Propagator& graph, const Op& op) {
   const int32_t x = tensor_arg(op, 0);
@@ -63,9 +59,11 @@ void group_norm(Propagator& graph, const Op& op) {
     const int32_t t = tensor_arg(op, i);
     if (t >= 0 && channels > 1) labels[1] = graph.join(labels[1], graph.axis(t, 0));
   }
+  Axis live_groups;
   if (groups > width) {
     // Whole groups go: the statistics of the others do not notice.
-    graph.derive_arg(6, graph.tie_runs(labels[1], width));
+    live_groups = graph.tie_runs(labels[1], width);
+    graph.derive_arg(6, live_groups);
   } else {
     graph.tie_pieces(labels[1], width);
     graph.read(x, 1, false);
@@ -73,7 +71,11 @@ void group_norm(Propagator& graph, const Op& op) {
   graph.derive_arg(4, labels[1]);
   for (int d = 2; d < graph.rank(x); ++d) graph.freeze(graph.axis(x, d), "spatial position of a group norm");
   graph.set(op.outs[0], std::move(labels));
-  unlabel(graph, op, 1);
+  for (size_t k = 1; k < op.outs.size(); ++k) {
+    Labels statistics(graph.rank(op.outs[k]));  // (N, group)
+    if (statistics.size() == 2 && groups > 1) statistics[1] = live_groups;
+    graph.set(op.outs[k], std::move(statistics));
+  }
 }
 
 // softmax(x, dim, ...): normalises over the live positions of dim.
@@ -94,8 +96,10 @@ void reduce_dims(Propagator& graph, const Op& op, std::vector<int64_t> dims, boo
     const bool keepdim = graph.rank(out) == rank;
     Labels labels;
     for (int d = 0; d < rank; ++d) {
-      if (!reduced[d]) labels.push_back(graph.axis(x, d));
-      else if (keepdim) labels.push_back({});
+      if (!reduced[d])
+        labels.push_back(graph.axis(x, d));
+      else if (keepdim)
+        labels.push_back({});
     }
     graph.set(out, std::move(labels));
   }
@@ -125,9 +129,9 @@ void max_with_index(Propagator& graph, const Op& op) {
 }  // namespace
 
 void add_norm_rules(RuleTable& table) {
-  for (const char* name : {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-                           "_native_batch_norm_legit_functional", "cudnn_batch_norm", "_batch_norm_with_update",
-                           "_batch_norm_no_update"})
+  for (const char* name :
+       {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit_functional", "cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update"})
     table[name] = batch_norm;
   table["native_layer_norm"] = layer_norm;
   table["native_group_norm"] = group_norm;

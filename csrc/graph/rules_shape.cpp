@@ -27,8 +27,10 @@ Axis concatenate(const std::vector<Axis>& pieces, const std::vector<int64_t>& si
   for (size_t k = 0; k < layers; ++k) {
     std::vector<int32_t> ids;
     for (size_t p = 0; p < pieces.size(); ++p) {
-      if (k < pieces[p].layers.size()) ids.insert(ids.end(), pieces[p].layers[k]->begin(), pieces[p].layers[k]->end());
-      else ids.insert(ids.end(), sizes[p], 0);
+      if (k < pieces[p].layers.size())
+        ids.insert(ids.end(), pieces[p].layers[k]->begin(), pieces[p].layers[k]->end());
+      else
+        ids.insert(ids.end(), sizes[p], 0);
     }
     result.layers.push_back(make_ids(std::move(ids)));
   }
@@ -122,8 +124,10 @@ void repeat(Propagator& graph, const Op& op) {
   for (int d = 0; d < graph.rank(out); ++d) {
     const int64_t size = d < offset ? 1 : graph.shape(x)[d - offset];
     const int64_t times = size == 0 ? 0 : graph.shape(out)[d] / size;
-    if (size == 1) labels[d] = graph.fresh(0, d, graph.shape(out)[d]);
-    else labels[d] = concatenate(std::vector<Axis>(times, graph.axis(x, d - offset)), std::vector<int64_t>(times, size));
+    if (size == 1)
+      labels[d] = graph.fresh(0, d, graph.shape(out)[d]);
+    else
+      labels[d] = concatenate(std::vector<Axis>(times, graph.axis(x, d - offset)), std::vector<int64_t>(times, size));
   }
   graph.set(out, std::move(labels));
 }
@@ -285,8 +289,10 @@ void index(Propagator& graph, const Op& op) {
     if (!indices[d].is_tensor()) continue;
     graph.freeze_all(static_cast<int32_t>(indices[d].integer), "used as an index");
     graph.freeze(graph.axis(x, d), "positions are picked by an index tensor");
-    if (first < 0) first = d;
-    else if (d != last + 1) adjacent = false;
+    if (first < 0)
+      first = d;
+    else if (d != last + 1)
+      adjacent = false;
     last = d;
   }
   Labels labels(graph.rank(out));
@@ -317,7 +323,8 @@ void moved_by_literal(Propagator& graph, const Op& op) {
   std::vector<int64_t> dims = list_arg(op, is_roll ? 2 : 1);
   if (dims.empty())
     for (int d = 0; d < graph.rank(x); ++d) dims.push_back(d);
-  for (const int64_t d : dims) graph.freeze(graph.axis(x, wrap_dim(d, graph.rank(x))), "positions are rolled or flipped");
+  for (const int64_t d : dims)
+    graph.freeze(graph.axis(x, wrap_dim(d, graph.rank(x))), "positions are rolled or flipped");
   graph.set(op.outs[0], graph.labels_of(x));
 }
 
@@ -353,7 +360,8 @@ void pixel_shuffle(Propagator& graph, const Op& op) {
   Labels labels(graph.rank(x));
   for (int d = 0; d < channel; ++d) labels[d] = graph.axis(x, d);
   labels[channel] = graph.tie_runs(graph.axis(x, channel), factor * factor);
-  for (int d = channel + 1; d < graph.rank(x); ++d) graph.freeze(graph.axis(x, d), "spatial position of a pixel shuffle");
+  for (int d = channel + 1; d < graph.rank(x); ++d)
+    graph.freeze(graph.axis(x, d), "spatial position of a pixel shuffle");
   graph.set(op.outs[0], std::move(labels));
 }
 
@@ -369,7 +377,8 @@ void pixel_unshuffle(Propagator& graph, const Op& op) {
     for (const int32_t id : *layer) ids.insert(ids.end(), factor * factor, id);
     labels[channel].layers.push_back(make_ids(std::move(ids)));
   }
-  for (int d = channel + 1; d < graph.rank(x); ++d) graph.freeze(graph.axis(x, d), "spatial position of a pixel shuffle");
+  for (int d = channel + 1; d < graph.rank(x); ++d)
+    graph.freeze(graph.axis(x, d), "spatial position of a pixel shuffle");
   graph.set(op.outs[0], std::move(labels));
 }
 
@@ -432,18 +441,38 @@ void add_shape_rules(RuleTable& table) {
   table["stack"] = stack;
   table["constant_pad_nd"] = pad;
   table["index_select"] = index_select;
-  table["index"] = index;
+  for (const char* name : {"index", "_unsafe_index"}) table[name] = index;
   table["embedding"] = embedding;
   for (const char* name : {"roll", "flip"}) table[name] = moved_by_literal;
   for (const char* name : {"cumsum", "cumprod"}) table[name] = cumulative;
-  for (const char* name :
-       {"max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-        "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_max_pool2d",
-        "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-        "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d",
-        "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-        "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-        "replication_pad3d", "grid_sampler_2d"})
+  for (const char* name : {"max_pool2d_with_indices",
+                           "max_pool3d_with_indices",
+                           "avg_pool1d",
+                           "avg_pool2d",
+                           "avg_pool3d",
+                           "_adaptive_avg_pool2d",
+                           "_adaptive_avg_pool3d",
+                           "adaptive_avg_pool1d",
+                           "adaptive_max_pool2d",
+                           "adaptive_max_pool3d",
+                           "upsample_nearest1d",
+                           "upsample_nearest2d",
+                           "upsample_nearest3d",
+                           "_upsample_nearest_exact1d",
+                           "_upsample_nearest_exact2d",
+                           "upsample_linear1d",
+                           "upsample_bilinear2d",
+                           "upsample_bicubic2d",
+                           "upsample_trilinear3d",
+                           "_upsample_bilinear2d_aa",
+                           "_upsample_bicubic2d_aa",
+                           "reflection_pad1d",
+                           "reflection_pad2d",
+                           "reflection_pad3d",
+                           "replication_pad1d",
+                           "replication_pad2d",
+                           "replication_pad3d",
+                           "grid_sampler_2d"})
     table[name] = spatial;
   table["pixel_shuffle"] = pixel_shuffle;
   table["pixel_unshuffle"] = pixel_unshuffle;

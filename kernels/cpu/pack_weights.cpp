@@ -93,8 +93,8 @@ void scatter_row(const T* grad, const PackItem& item, T* dense_grad) {
 }
 
 template <typename T, int64_t kInner>
-void backward(const PackItem& item, int64_t begin, int64_t end, const int64_t* packed_row, const T* grad,
-              T* dense_grad, accumulator_t<T>* scale_sum) {
+void backward(const PackItem& item, int64_t begin, int64_t end, const int64_t* packed_row, const T* grad, T* dense_grad,
+              accumulator_t<T>* scale_sum) {
   const int64_t plane = item.cols * item.inner;
   const int64_t dense_plane = item.dense_cols * item.inner;
   for (int64_t row = begin; row < end; ++row) {

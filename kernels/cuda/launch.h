@@ -16,8 +16,7 @@
 namespace stamp_fast::cuda {
 
 template <typename Params>
-cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream,
-                   const Params& params) {
+cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream, const Params& params) {
   if (blocks == 0) return cudaSuccess;
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(params);
   return cudaGetLastError();

@@ -33,8 +33,8 @@ __device__ const Item& find_item(const Batch<Item>& batch, uint32_t* block) {
 
 // Launches `kernel` over all items, as many at a time as fit; blocks_of(item) may be 0.
 template <typename Item, typename BlocksOf>
-cudaError_t launch_batches(void (*kernel)(Batch<Item>), const std::vector<Item>& items,
-                           const BlocksOf& blocks_of, cudaStream_t stream) {
+cudaError_t launch_batches(void (*kernel)(Batch<Item>), const std::vector<Item>& items, const BlocksOf& blocks_of,
+                           cudaStream_t stream) {
   Batch<Item> batch{};
   for (size_t i = 0; i < items.size(); ++i) {
     const int64_t blocks = blocks_of(items[i]);
@@ -92,8 +92,8 @@ __device__ void pack_block(const ForwardItem& item, uint32_t block) {
     const uint32_t col = within / inner;
     const int64_t dense_row = checked(layout.row_index, row, layout.dense_rows);
     const int64_t dense_col = checked(layout.col_index, col, layout.dense_cols);
-    const int64_t from = dense_row * layout.dense_row_stride +
-                         (m * layout.dense_cols + dense_col) * layout.inner + within % inner;
+    const int64_t from =
+        dense_row * layout.dense_row_stride + (m * layout.dense_cols + dense_col) * layout.inner + within % inner;
     const T value = static_cast<const T*>(layout.dense)[from];
     static_cast<T*>(item.packed)[row * row_size + offset] =
         layout.scale ? narrow<T>(widen(value) * scale_of<T>(layout, col)) : value;
@@ -173,8 +173,7 @@ __device__ void scale_sums_block(const BackwardItem& item, uint32_t block) {
     for (int64_t row = part * step; row < end; ++row) {
       const int64_t dense_row = checked(layout.row_index, row, layout.dense_rows);
       const T* grad = static_cast<const T*>(item.grad) + row * layout.outer * plane + offset;
-      const T* dense =
-          static_cast<const T*>(layout.dense) + dense_row * layout.dense_row_stride + dense_offset;
+      const T* dense = static_cast<const T*>(layout.dense) + dense_row * layout.dense_row_stride + dense_offset;
       for (int64_t m = 0; m < layout.outer; ++m) {
         total += widen(grad[m * plane]) * widen(dense[m * layout.dense_cols * layout.inner]);
       }
@@ -255,13 +254,11 @@ cudaError_t pack_weights_backward(std::vector<BackwardItem> items, void* scratch
   const auto run = [&](void (*kernel)(Batch<BackwardItem>), const auto& elements) {
     if (status != cudaSuccess) return;
     status = launch_batches(
-        kernel, items, [&](const BackwardItem& item) { return blocks_for(elements(item, item.layout)); },
-        stream);
+        kernel, items, [&](const BackwardItem& item) { return blocks_for(elements(item, item.layout)); }, stream);
   };
   if (table_bytes > 0) status = cudaMemsetAsync(scratch, 0xff, table_bytes, stream);
-  run(invert_kernel, [](const BackwardItem& item, const PackItem& layout) {
-    return item.dense_grad ? layout.rows + layout.cols : 0;
-  });
+  run(invert_kernel,
+      [](const BackwardItem& item, const PackItem& layout) { return item.dense_grad ? layout.rows + layout.cols : 0; });
   run(scatter_kernel, [](const BackwardItem& item, const PackItem& layout) {
     return item.dense_grad ? layout.dense_rows * layout.outer * layout.dense_cols * layout.inner : 0;
   });

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..graph import ChannelGraph
 
 TOLERANCE = 0.02
+_MOST_TRIALS = 300  # of a search that only networks with few channels need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Budget:
         if not exact:
             return keep
         if self.used(graph, keep) < 1 - TOLERANCE:
-            keep = _fill(self, graph, keep, units)
+            keep = _fitted(self, graph, keep, units)
         used = self.used(graph, keep)
         if used < 1 - TOLERANCE and not bool(keep.all()):
             raise BudgetError(self._too_coarse(graph, keep, units, used))
@@ -103,7 +104,9 @@ class Budget:
         text = f"Budget({self._ask()}): out of reach; from 1 down to {self._reached(graph, least)} can be had"
         if round_to:
             text += f" with round_to={round_to}"
-        in_the_way = [f"'{g.name}' ({g.channels} channels): {g.reason}" for g in graph.groups + graph.frozen if g.reason]
+        in_the_way = [
+            f"'{g.name}' ({g.channels} channels): {g.reason}" for g in graph.groups + graph.frozen if g.reason
+        ]
         if in_the_way:
             text += ". In the way: " + "; ".join(in_the_way[:5])
             text += f"; and {len(in_the_way) - 5} more" if len(in_the_way) > 5 else ""
@@ -165,9 +168,7 @@ def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, rou
     return scores
 
 
-def _removal_units(
-    graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int, floor: float
-) -> _Removals:
+def _removal_units(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int, floor: float) -> _Removals:
     none = torch.empty(0, dtype=torch.long)
     classes, keys, counts, groups = [none], [none.double()], [none], [none]
     for index, group in enumerate(graph.groups):
@@ -213,18 +214,40 @@ def _first_that_fits(budget: Budget, graph: ChannelGraph, units: _Removals) -> t
     return units.without_first(graph, low)
 
 
-def _fill(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Removals) -> torch.Tensor:
-    """Coarse networks step over the budget: brings back, most important first, whatever still fits."""
+def _fitted(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Removals) -> torch.Tensor:
+    """Coarse networks step over the budget: brings units back, and takes one group further where that is not enough."""
+    best = filled = _fill(budget, graph, keep, units, set())
+    trials = 0
+    for further in range(len(units)):
+        if budget.used(graph, best) >= 1 - TOLERANCE or trials == _MOST_TRIALS:
+            break
+        if not bool(filled[units.unit(further)].any()):
+            continue
+        # All units of the group up to this one go; the others may come back instead.
+        group = int(units.groups[further])
+        trial = filled.clone()
+        for i in range(further + 1):
+            if int(units.groups[i]) == group:
+                trial[units.unit(i)] = False
+        trials += 1
+        trial = _fill(budget, graph, trial, units, {group})
+        if budget.used(graph, trial) > budget.used(graph, best):
+            best = trial
+    return best
+
+
+def _fill(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Removals, closed: set[int]) -> torch.Tensor:
+    """Brings back, most important first, whatever still fits, but nothing in the groups that are closed."""
     for limit in (1.0, 1.0 + TOLERANCE):
-        closed: set[int] = set()  # groups whose next unit did not fit
+        full = set(closed)  # groups whose next unit did not fit
         for i in range(len(units) - 1, -1, -1):
             group = int(units.groups[i])
-            if group in closed or keep[units.unit(i)].any():
+            if group in full or bool(keep[units.unit(i)].any()):
                 continue
             trial = keep.clone()
             trial[units.unit(i)] = True
             if budget.used(graph, trial) > limit:
-                closed.add(group)
+                full.add(group)
                 continue
             keep = trial
             if budget.used(graph, keep) >= 1 - TOLERANCE:

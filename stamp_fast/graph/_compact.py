@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
             cut(i, averages[i], partial(_put_data, averages[i]))
         state = optimizer.state.get(owner, {}) if optimizer is not None else {}
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == owner.shape:
+            if _follows(value, owner, f"optimizer: state '{key}' of '{slot.name}'"):
                 cut(i, value, partial(state.__setitem__, key))
     with torch.no_grad():
         new = plan.gather(slot_of, tensors)
@@ -55,9 +55,35 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
             put(tensor)
         for module, name, value in plan.attributes:
             setattr(module, name, value)
+            if ema is not None:
+                setattr(_twin_module(graph, ema, module), name, value)
     except BaseException:
         snapshot.restore()
         raise
+
+
+def _follows(value: Any, owner: torch.Tensor, what: str) -> bool:
+    """Whether a piece of optimizer state is cut with its parameter: along every dim where it has the same size.
+
+    Raises:
+        ArgumentError: it is neither shaped like the parameter nor a single number.
+    """
+    if not isinstance(value, (torch.Tensor, list, tuple)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        return False
+    if isinstance(value, torch.Tensor) and value.dim() == owner.dim():
+        sizes = zip(value.shape, owner.shape, strict=True)
+        if all(mine in (1, theirs) for mine, theirs in sizes):
+            return True
+    raise ArgumentError(
+        f"{what} is not shaped like the parameter, so it cannot be cut with it; prune without optimizer= and make "
+        "a new optimizer afterwards"
+    )
+
+
+def _twin_module(graph: ChannelGraph, ema: nn.Module, module: nn.Module) -> nn.Module:
+    name = next(name for name, candidate in graph.model.named_modules() if candidate is module)
+    modules = dict(ema.named_modules())
+    return modules.get(name) if name in modules else modules[f"module.{name}"]
 
 
 def _put_data(owner: torch.Tensor, data: torch.Tensor) -> None:
@@ -85,6 +111,8 @@ def _averages(graph: ChannelGraph, ema: nn.Module | None) -> dict[int, torch.Ten
         if tensor is None:
             raise ArgumentError(f"ema: has no parameter or buffer named '{slot.name}'")
         if tensor.shape != slot.tensor.shape:
-            raise ArgumentError(f"ema: '{slot.name}' has shape {tuple(tensor.shape)}, the model's {tuple(slot.tensor.shape)}")
+            raise ArgumentError(
+                f"ema: '{slot.name}' has shape {tuple(tensor.shape)}, the model's {tuple(slot.tensor.shape)}"
+            )
         found[i] = tensor
     return found

@@ -35,8 +35,12 @@ class Plan:
         return tuple(n if i is None else i.numel() for n, i in zip(old, self.kept[slot], strict=True))
 
     def gather(self, slot_of: list[int], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The live part of `tensors[i]`, which is shaped like slot `slot_of[i]`. One operator call for all."""
-        return _pack(tensors, [self.kept[s] for s in slot_of])
+        """The live part of `tensors[i]`, which is shaped like slot `slot_of[i]` but for dims of size 1."""
+        kept = []
+        for slot, tensor in zip(slot_of, tensors, strict=True):
+            sizes = zip(self.kept[slot], tensor.shape, self.graph.recording.shapes[slot], strict=True)
+            kept.append([index if mine == theirs else None for index, mine, theirs in sizes])
+        return _pack(tensors, kept)
 
     @contextlib.contextmanager
     def virtual(self, scale: torch.Tensor | None = None) -> Iterator[None]:
@@ -115,6 +119,10 @@ def swapped(plan: Plan, replacement: dict[int, torch.Tensor]) -> Iterator[None]:
                 table = module._parameters if slot.is_parameter else module._buffers
                 undo.append((table, key, table[key]))
                 table[key] = replacement[i]
+                if isinstance(module, nn.RNNBase) and slot.is_parameter:
+                    # Recurrent layers keep their parameters in a list too.
+                    undo.append((module.__dict__, "_flat_weights", module._flat_weights))
+                    module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
         with attributes_set(plan.attributes):
             yield
     finally:
@@ -185,6 +193,9 @@ def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], ne
         return {"num_channels": channels, "num_groups": scalars.get(6, module.num_groups)}
     if isinstance(module, nn.LayerNorm) and weight is not None:
         return {"normalized_shape": tuple(weight)}
+    if isinstance(module, nn.RNNBase):
+        inputs, hidden = new_shape[id(module), "weight_ih_l0"], new_shape[id(module), "weight_hh_l0"]
+        return {"input_size": inputs[1], "hidden_size": hidden[1]}
     if isinstance(module, nn.PReLU) and weight is not None:
         return {"num_parameters": weight[0]}
     if isinstance(module, nn.Embedding) and weight is not None:

@@ -51,7 +51,7 @@ class Recording:
     calls: list[Call]
     outputs: list[int]
     pinned: list[int]
-    has_train_pass: bool = False
+    costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
 
 
 def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,9 +80,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         contents = {k: v.copy() for k, v in module.__dict__.items() if isinstance(v, (dict, list, set))}
         saved.append((module, dict(module.__dict__), contents))
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.use_deterministic_algorithms(False)  # it makes other operators of some, on some devices
     try:
         with (
             torch.no_grad(),
@@ -91,6 +93,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_rng_state(rng)
         for module, attributes, contents in saved:
@@ -142,6 +145,10 @@ class _Recorder(TorchDispatchMode):
         self._index[id(tensor)] = position
         self._alive.append(tensor)
         return position
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The meta tensor that stands for a parameter or buffer."""
+        return self._twins.get(id(tensor), tensor)
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         return self._index.get(id(tensor))
@@ -300,7 +307,10 @@ def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
         stack.pop()
 
     # Global hooks leave no trace in the modules themselves.
-    handles = [_hooks.register_module_forward_pre_hook(enter), _hooks.register_module_forward_hook(leave, always_call=True)]
+    handles = [
+        _hooks.register_module_forward_pre_hook(enter),
+        _hooks.register_module_forward_hook(leave, always_call=True),
+    ]
     try:
         yield
     finally:
@@ -321,6 +331,7 @@ def record(model: nn.Module, example: Any) -> Recording:
     tensors = slot_tensors(model)
     recording = Recording(list(tensors), [tuple(t.shape) for t in tensors.values()], [], [], [])
     _record_forward(model, tensors, example, recording, training=False)
+    recording.costed = len(recording.calls)
     if _unused(recording):
         attempt = Recording(recording.slots, list(recording.shapes), [], [], [])
         with contextlib.suppress(TraceError):
@@ -329,7 +340,6 @@ def record(model: nn.Module, example: Any) -> Recording:
             recording.calls += attempt.calls
             recording.outputs += attempt.outputs
             recording.pinned += attempt.pinned
-            recording.has_train_pass = True
     return recording
 
 
@@ -356,6 +366,12 @@ def _record_forward(
         for module in model.modules():
             module.training = training
         recorder = _Recorder(recording, tensors)
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                # It keeps its parameters in a list too, and checks their device against the input's.
+                module.__dict__["_flat_weights"] = [
+                    recorder.twin(module._parameters[n]) for n in module._flat_weights_names
+                ]
         for tensor in _output_tensors(inputs):
             recorder.add(tensor)
         with _module_names(model, recorder.modules):
@@ -363,7 +379,7 @@ def _record_forward(
                 with recorder:
                     output = call_model(model, inputs)
             except Exception as error:
-                where = f" in module '{recorder.modules[-1]}'" if recorder.modules else ""
+                where = _innermost_module(model, error)
                 done = f" after {recording.calls[-1]}" if recording.calls else ""
                 raise TraceError(
                     f"trace: the forward failed on meta tensors{where}{done}: {type(error).__name__}: {error}. "
@@ -375,6 +391,16 @@ def _record_forward(
     if not indices:
         raise TraceError(f"trace: {type(model).__name__}.forward returned no tensor (got {type(output).__name__})")
     recording.outputs += indices
+
+
+def _innermost_module(model: nn.Module, error: BaseException) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        found = names.get(id(traceback.tb_frame.f_locals.get("self")), "") or found
+        traceback = traceback.tb_next
+    return f" in module '{found}'" if found else ""
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

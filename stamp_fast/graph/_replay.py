@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,17 +10,12 @@ from torch import nn
 
 from ..errors import CompactionError, TraceError
 from . import _plan, _record
+from ._align import VIEWS, base_name
 from ._record import Call, Recording, Ref
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
-# Operators that only look at memory differently: a slice of everything is an alias, a copy of something contiguous
-# is nothing, so they come and go with the sizes. What they get wrong shows in the inputs of the next operator.
-_VIEWS = frozenset(
-    "view _unsafe_view reshape _reshape_alias t transpose permute slice select expand unsqueeze squeeze alias detach "
-    "clone contiguous split split_with_sizes unsafe_split unbind _to_copy as_strided as_strided_ lift_fresh".split()
-)
 # Integer arguments of these are sizes; the shapes that are compared anyway follow from them.
 _SIZE_ARGUMENTS = {
     "native_layer_norm": (1,),
@@ -47,17 +43,18 @@ def check(graph: ChannelGraph, plan: _plan.Plan) -> None:
     for i, slot in enumerate(graph.slots):
         if plan.shrinks(i):
             tensor = torch.empty(plan.shape(i), dtype=slot.tensor.dtype, device="meta")
-            small[i] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
+            small[i] = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else tensor
     old = graph.recording
     try:
         with _plan.swapped(plan, small):
             new = _record.record(graph.model, graph.example)
     except TraceError as error:
         raise _failure(graph, shapes, _first_failed(graph, error), str(error.__cause__ or error)) from error
-    old_ops = [(i, call) for i, call in enumerate(old.calls) if _base(call) not in _VIEWS]
-    new_ops = [call for call in new.calls if _base(call) not in _VIEWS]
-    for (i, was), now in zip(old_ops, new_ops, strict=False):
-        problem = _difference(i, was, now, old, new, shapes, derived)
+    cuts = _Slices(graph, plan, new, shapes)
+    old_ops = [(i, call) for i, call in enumerate(old.calls) if base_name(call.name) not in VIEWS]
+    new_ops = [(j, call) for j, call in enumerate(new.calls) if base_name(call.name) not in VIEWS]
+    for (i, was), (j, now) in zip(old_ops, new_ops, strict=False):
+        problem = _difference(i, was, now, old, new, shapes, derived) or cuts.difference(i, j)
         if problem:
             raise _failure(graph, shapes, i, problem)
     if len(old_ops) != len(new_ops):
@@ -65,16 +62,12 @@ def check(graph: ChannelGraph, plan: _plan.Plan) -> None:
         raise _failure(graph, shapes, last, f"runs {len(new_ops)} operators instead of {len(old_ops)}")
 
 
-def _base(call: Call) -> str:
-    return call.name.split(".")[1]
-
-
 def _difference(
     op: int, was: Call, now: Call, old: Recording, new: Recording, shapes: list[tuple], derived: dict
 ) -> str:
     if was.name != now.name:
         return f"calls {now.name} instead"
-    exempt = _SIZE_ARGUMENTS.get(_base(was), ())
+    exempt = _SIZE_ARGUMENTS.get(base_name(was.name), ())
     for position, (a, b) in enumerate(zip(was.args, now.args, strict=True)):
         if (op, position) in derived:
             if b != derived[op, position]:
@@ -105,6 +98,49 @@ def _value_difference(a: Any, b: Any, new: Recording, shapes: list[tuple]) -> st
     return "" if a == b or (a != a and b != b) else f"is {b} where {a} is predicted"
 
 
+class _Slices:
+    """Where slices start, predicted and replayed. Their lengths show in shapes, their offsets nowhere else."""
+
+    def __init__(self, graph: ChannelGraph, plan: _plan.Plan, new: Recording, shapes: list[tuple]) -> None:
+        keep = graph._bytes(plan.keep)
+
+        def moved(tensor: int, dim: int, position: int) -> int:
+            axis = graph._core.axis_of(tensor, dim)
+            return position if axis < 0 else graph._core.live_before(axis, position, keep)
+
+        self._old = _partial_slices(graph.recording, shapes, moved)
+        self._new = _partial_slices(new, new.shapes, lambda tensor, dim, position: position)
+        self._done = [0, 0]
+
+    def difference(self, old_op: int, new_op: int) -> str:
+        """Compares the slices since the last call, up to these operators."""
+        was = [what for op, what in self._old if self._done[0] <= op < old_op]
+        now = [what for op, what in self._new if self._done[1] <= op < new_op]
+        self._done = [old_op, new_op]
+        if was == now:
+            return ""
+        return f"is fed by slices (dim, start, length) {now} where {was} are predicted"
+
+
+def _partial_slices(
+    recording: Recording, shapes: list[tuple], moved: Callable[[int, int, int], int]
+) -> list[tuple[int, tuple[int, int, int]]]:
+    """(call, (dim, start, length)) of every slice that takes less than the whole dim."""
+    found = []
+    for op, call in enumerate(recording.calls):
+        if base_name(call.name) not in ("slice", "narrow"):
+            continue
+        source, out = int(call.args[0]), call.outs[0]
+        dim = call.args[1] % len(shapes[source])
+        start = call.args[2] or 0
+        size = recording.shapes[source][dim]
+        start = min(max(start + size if start < 0 else start, 0), size)
+        length = shapes[out][dim]
+        if length != shapes[source][dim]:
+            found.append((op, (dim, moved(source, dim, start), length)))
+    return found
+
+
 def _first_failed(graph: ChannelGraph, error: TraceError) -> int:
     """The forward raised before an operator: the one after the last that ran."""
     return min(error.calls_done, len(graph.recording.calls) - 1)
@@ -113,9 +149,10 @@ def _first_failed(graph: ChannelGraph, error: TraceError) -> int:
 def _failure(graph: ChannelGraph, shapes: list[tuple], op: int, problem: str) -> CompactionError:
     calls = graph.recording.calls
     groups: set[int] = set()
-    # A failing view hides between two other operators: look at what it was fed too, then ever further back.
-    for reach in (0, 1, 2, 4, 8, len(calls)):
-        for call in calls[max(0, op - reach) : op + 1 + min(reach, 2)]:
+    # A size may come from an operator before, and Python code that checks sizes stops before its operator: look ever
+    # further back, then ahead.
+    for back, ahead in ((0, 0), (1, 0), (2, 0), (4, 0), (4, 2), (16, 4), (len(calls), 0)):
+        for call in calls[max(0, op - back) : op + 1 + ahead]:
             for position in (*call.outs, *_refs(call.args)):
                 groups.update(graph._core.groups_of(position))
         groups = {g for g in groups if graph.groups[g].reason is None and _is_cut(graph, g, shapes)}

@@ -82,8 +82,11 @@ def _cat(args: tuple) -> Any:
 
 
 _ATEN = torch.ops.aten
-_UNARY = "relu silu gelu sigmoid hardswish hardsigmoid hardtanh tanh leaky_relu elu mish".split()
-_BINARY = "add sub mul div".split()
+_UNARY = (
+    *("relu", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh"),
+    *("tanh", "leaky_relu", "elu", "mish"),
+)
+_BINARY = ("add", "sub", "mul", "div")
 
 FAST: dict[Any, Callable[[tuple], Any]] = {
     _ATEN.convolution.default: _convolution,

@@ -35,6 +35,8 @@ class Snapshot:
 
     def restore(self) -> None:
         for module, attributes in self.attributes:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
             module.__dict__.update(attributes)
         for tensor, data, values, grad in self.tensors:
             if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():

@@ -36,7 +36,9 @@ class SoftCost:
             classes.append(live)
             segments.append(torch.full_like(live, place[axis]))
         deepest = max((len(dims) for _, _, dims in terms), default=0)
-        self.dims = torch.tensor([[*(place[a] for a in dims), *[len(used)] * (deepest - len(dims))] for _, _, dims in terms])
+        self.dims = torch.tensor(
+            [[*(place[a] for a in dims), *[len(used)] * (deepest - len(dims))] for _, _, dims in terms]
+        )
         self.constants = torch.tensor([float(constant) for _, constant, _ in terms], device=graph.device)
         self.fixed = fixed.to(graph.device)
         self.classes = torch.cat(classes).to(graph.device) if classes else torch.empty(0, dtype=torch.long)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import TraceError
 from . import _record
+from ._align import Aligned
 from ._record import Ref
 
 if TYPE_CHECKING:
@@ -38,11 +37,9 @@ def difference(a: Any, b: Any) -> float:
     return worst / scale if scale > 0 else worst
 
 
-class _Masked(TorchDispatchMode):
+class _Masked(Aligned):
     def __init__(self, graph: ChannelGraph, keep: torch.Tensor) -> None:
-        super().__init__()
-        self.graph = graph
-        self.position = 0
+        super().__init__(graph)
         self.reads: dict[int, list] = {}
         for read in graph._core.reads:
             self.reads.setdefault(read.op, []).append(read)
@@ -61,14 +58,7 @@ class _Masked(TorchDispatchMode):
         axis = self.graph._core.axis_of(tensor, dim)
         return None if axis < 0 or self.live[axis].all() else self.live[axis]
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        op = self.position
-        calls = self.graph.recording.calls
-        if op >= len(calls) or not _same_operator(calls[op].name, str(func)):
-            expected = calls[op].name if op < len(calls) else "nothing more"
-            raise TraceError(f"verify: the forward runs {func} where the trace has {expected}")
-        self.position += 1
+    def on_call(self, op: int, func, args: tuple, kwargs: dict):
         if op not in self.reads:
             return func(*args, **kwargs)
         values = _record._in_schema_order(func, args, kwargs)
@@ -124,8 +114,3 @@ def _call(func, values: list):
     positional = [v for v, a in zip(values, arguments, strict=True) if not a.kwarg_only]
     keyword = {a.name: v for v, a in zip(values, arguments, strict=True) if a.kwarg_only}
     return func(*positional, **keyword)
-
-
-def _same_operator(recorded: str, called: str) -> bool:
-    # Each device has its own batch norm operator.
-    return recorded == called or ("batch_norm" in recorded and "batch_norm" in called)

@@ -80,6 +80,7 @@ class ChannelGraph:
             is_parameter,
             recording.outputs,
             sorted(set(recording.pinned)),
+            recording.costed,
             _record.Ref,
         )
         owners = _owners(model)

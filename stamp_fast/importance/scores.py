@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import ArgumentError, ModelError
 from ..graph import ChannelGraph
 
-
 _PIECE = 1 << 18  # elements worked on at a time
 
 
@@ -20,8 +19,10 @@ def _scatter(graph: ChannelGraph, totals: torch.Tensor, axis: torch.Tensor, valu
     totals.index_add_(0, axis[live], values.detach().float().cpu()[live])
 
 
-def _others(values: torch.Tensor, dim: int) -> list[int]:
-    return [d for d in range(values.dim()) if d != dim]
+def _sum_of_others(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum over every dim but one."""
+    others = [d for d in range(values.dim()) if d != dim]
+    return values.sum(others) if others else values
 
 
 def magnitude(graph: ChannelGraph, p: int = 1) -> torch.Tensor:
@@ -56,7 +57,7 @@ def _power_sums(weight: torch.Tensor, p: int, dims: list[int]) -> list[tuple[int
         piece = weight[start : start + rows].float()
         powers = piece.abs() if p == 1 else piece.square()
         for d in dims:
-            total = powers.sum(_others(powers, d))
+            total = _sum_of_others(powers, d)
             if d == 0:
                 sums[d][start : start + rows] = total
             else:
@@ -122,7 +123,7 @@ def taylor(
     count = 0
     for batch in batches:
         z = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
-        with graph.masked(plan, z), torch.enable_grad():
+        with torch.enable_grad(), graph.masked(plan, z):
             loss = loss_fn(graph.model, batch)
             weights = [slot.tensor for slot, _ in emitters]
         grads = torch.autograd.grad(loss, [z, *weights], allow_unused=True)
@@ -131,7 +132,7 @@ def taylor(
         for (slot, dim), weight, grad in zip(emitters, weights, grads[1:], strict=True):
             if grad is not None:
                 product = weight.detach() * grad
-                _scatter(graph, emitted, slot.axes[dim], product.sum(_others(product, dim)) if dim or product.dim() > 1 else product)
+                _scatter(graph, emitted, slot.axes[dim], _sum_of_others(product, dim))
         totals += torch.where(read, scores, emitted).abs()
         count += 1
     if count == 0:

@@ -49,10 +49,7 @@ def pack_weights(
         tensors,
         [no_index if index is None else index for index in rows],
         [no_index if index is None else index for index in cols],
-        [
-            no_scale[tensor.dtype] if scale is None else scale
-            for tensor, scale in zip(tensors, scales, strict=True)
-        ],
+        [no_scale[tensor.dtype] if scale is None else scale for tensor, scale in zip(tensors, scales, strict=True)],
     )
 
 
@@ -81,15 +78,11 @@ def _empty(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _check_length(name: str, got: int, wanted: int) -> None:
-    torch._check(
-        got == wanted, lambda: f"pack_weights: {name} must have the length of tensors, {wanted}, got {got}"
-    )
+    torch._check(got == wanted, lambda: f"pack_weights: {name} must have the length of tensors, {wanted}, got {got}")
 
 
 def _check_index(name: str, index: Tensor) -> None:
-    torch._check(
-        index.ndim == 1, lambda: f"pack_weights: {name} must have 1 dimension, got {tuple(index.shape)}"
-    )
+    torch._check(index.ndim == 1, lambda: f"pack_weights: {name} must have 1 dimension, got {tuple(index.shape)}")
     torch._check(index.dtype == torch.int64, lambda: f"pack_weights: {name} must be int64, got {index.dtype}")
 
 
@@ -146,9 +139,7 @@ def _(
         _empty(tensor, tensor.shape) if need else tensor.new_empty(0)
         for tensor, need in zip(tensors, need_tensors, strict=True)
     ]
-    scale_grads = [
-        scale.new_empty(scale.shape if need else 0) for scale, need in zip(scales, need_scales, strict=True)
-    ]
+    scale_grads = [scale.new_empty(scale.shape if need else 0) for scale, need in zip(scales, need_scales, strict=True)]
     return tensor_grads, scale_grads
 
 

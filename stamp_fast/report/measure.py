@@ -50,6 +50,8 @@ def compare_steps(
 def _step_of(model: nn.Module, batch: Any, loss_fn: Callable) -> Callable[[], None]:
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:  # a wholly frozen network costs what it would cost if it were trained
+        trainable = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
     optimizer = torch.optim.SGD(trainable, lr=1e-4, momentum=0.9)
 
     def step() -> None:

@@ -67,7 +67,7 @@ class PruneReport:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        console = Console(width=110, record=False, color_system=None)
+        console = Console(width=110, color_system=None, markup=False, emoji=False, highlight=False)
         with console.capture() as capture:
             console.print(self._summary())
             console.print(self._group_table())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,29 +53,43 @@ def adapt(
         budget: the expected cost is pushed towards it, and the live part of the network shrinks to it step by step.
         set_size: examples in the data set: the weight of the KL term is 1 / set_size.
     """
-    fit_head(graph, batches(steps), loss_fn)
-    gates = BetaBernoulliGates(standardised(graph, reader_means(graph, inputs)).to(graph.device))
-    weights = [p for p in graph.model.parameters() if p.requires_grad]
-    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=settings.gate_lr)
-    weight_optimizer = torch.optim.SGD(weights, lr=settings.weight_lr, momentum=settings.momentum)
-    costs = [(SoftCost(graph, kind), ask) for kind, ask in budget.asked().items()]
-    plan = graph.plan(graph.all_kept())
-    for step, batch in enumerate(batches(steps)):
-        if step:
-            plan = graph.plan(_live_part(graph, gates, budget, step / steps, settings.floor))
-        with torch.enable_grad():
-            with graph.masked(plan, gates.sample(generator)):
-                loss = loss_fn(graph.model, batch)
-            probability = gates.probability()
-            excess = sum(torch.relu(cost(probability) / ask - 1) for cost, ask in costs)
-            total = loss + settings.kl_scale / set_size * gates.kl() + settings.budget_scale * excess
-            total.backward()
-        gate_optimizer.step()
-        weight_optimizer.step()
-        gate_optimizer.zero_grad(set_to_none=True)
-        weight_optimizer.zero_grad(set_to_none=True)
-        on_step()
+    with _gradients_set_aside(graph.model):
+        fit_head(graph, batches(steps), loss_fn)
+        gates = BetaBernoulliGates(standardised(graph, reader_means(graph, inputs)).to(graph.device))
+        optimizers = [torch.optim.Adam(gates.parameters(), lr=settings.gate_lr)]
+        weights = [p for p in graph.model.parameters() if p.requires_grad]
+        if weights:
+            optimizers.append(torch.optim.SGD(weights, lr=settings.weight_lr, momentum=settings.momentum))
+        costs = [(SoftCost(graph, kind), ask) for kind, ask in budget.asked().items()]
+        live = graph.all_kept()
+        for step, batch in enumerate(batches(steps)):
+            if step:
+                live = _live_part(graph, gates, budget, step / steps, settings.floor)
+            with torch.enable_grad():
+                with graph.masked(live, gates.sample(generator)):
+                    loss = loss_fn(graph.model, batch)
+                probability = gates.probability()
+                excess = sum(torch.relu(cost(probability) / ask - 1) for cost, ask in costs)
+                total = loss + settings.kl_scale / set_size * gates.kl() + settings.budget_scale * excess
+                total.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            on_step()
     return gates.probability().detach().float().cpu()
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """The caller's gradients are neither trained on nor changed."""
+    saved = [(p, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _ in saved:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in saved:
+            parameter.grad = grad
 
 
 def standardised(graph: ChannelGraph, means: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,7 @@ from ..graph import ChannelGraph
 _LEARNING_RATE = 0.03
 
 
-def fit_head(
-    graph: ChannelGraph, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], torch.Tensor]
-) -> None:
+def fit_head(graph: ChannelGraph, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> None:
     """Trains the parameters that emit the model's output, one Adam step a batch; the rest of the network is fixed.
 
     A step costs one forward: nothing is kept for the backward of the fixed part.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import TraceError
 from ..graph import _record
+from ..graph._align import Aligned
 from ..graph._record import Ref
 
 if TYPE_CHECKING:
@@ -17,28 +19,25 @@ if TYPE_CHECKING:
 def reader_means(graph: ChannelGraph, inputs: Any) -> torch.Tensor:
     """Per class, the mean activation that its readers see in one eval-mode forward; NaN where nothing reads it."""
     mode = _Means(graph)
-    with _record.undisturbed(graph.model):
+    with _record.undisturbed(graph.model), contextlib.suppress(TraceError):
+        # On another device the forward may take another road; what was seen up to there is still right.
         graph.model.eval()
         with mode:
             _record.call_model(graph.model, inputs)
     return mode.sums / mode.counts
 
 
-class _Means(TorchDispatchMode):
+class _Means(Aligned):
     def __init__(self, graph: ChannelGraph) -> None:
-        super().__init__()
-        self.graph = graph
-        self.position = 0
+        super().__init__(graph)
         self.sums = torch.zeros(graph.num_classes)
         self.counts = torch.zeros(graph.num_classes)
         self.readers = {read.op for read in graph._core.reads}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        calls = self.graph.recording.calls
-        if self.position in self.readers and calls[self.position].name == str(func):
-            self._look(calls[self.position], args)
-        self.position += 1
-        return func(*args, **(kwargs or {}))
+    def on_call(self, op: int, func, args: tuple, kwargs: dict):
+        if op in self.readers:
+            self._look(self.graph.recording.calls[op], args)
+        return func(*args, **kwargs)
 
     def _look(self, call: _record.Call, args: tuple) -> None:
         for ref, value in zip(call.args, args, strict=False):

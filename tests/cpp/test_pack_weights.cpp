@@ -50,8 +50,8 @@ struct Problem {
   PackItem item;
 
   // kept_rows or kept_cols 0: all.
-  Problem(int64_t dense_rows, int64_t kept_rows, int64_t outer, int64_t dense_cols, int64_t kept_cols,
-          int64_t inner, bool scaled, int64_t padding = 0) {
+  Problem(int64_t dense_rows, int64_t kept_rows, int64_t outer, int64_t dense_cols, int64_t kept_cols, int64_t inner,
+          bool scaled, int64_t padding = 0) {
     row_index = random_index(dense_rows, kept_rows);
     col_index = random_index(dense_cols, kept_cols);
     item = {.dtype = dtype_of<T>(),
@@ -135,9 +135,7 @@ void check(const std::vector<Problem<T>*>& problems) {
     std::vector<double> wanted_scale(problem.scale.size(), 0.0);
     problem.each([&](int64_t at, int64_t from, int64_t to, int64_t col) {
       const bool scaled = item.scale != nullptr;
-      const auto times = [&](T value) {
-        return scaled ? narrow<T>(widen(value) * widen(problem.scale[col])) : value;
-      };
+      const auto times = [&](T value) { return scaled ? narrow<T>(widen(value) * widen(problem.scale[col])) : value; };
       wanted[at] = times(problem.dense[from]);
       wanted_dense[to] = times(problem.grad[at]);
       if (scaled) wanted_scale[col] += double(widen(problem.grad[at])) * double(widen(problem.dense[from]));
@@ -152,8 +150,8 @@ void check(const std::vector<Problem<T>*>& problems) {
     const int64_t half = item.dense_rows / 2;
     for (int64_t part = 0; part < 2; ++part) {
       void* sum = item.scale ? sums.data() + part * item.cols : nullptr;
-      stamp_fast::cpu::pack_weights_backward(item, part ? half : 0, part ? item.dense_rows : half,
-                                             packed_row.data(), problem.grad.data(), cpu_dense.data(), sum);
+      stamp_fast::cpu::pack_weights_backward(item, part ? half : 0, part ? item.dense_rows : half, packed_row.data(),
+                                             problem.grad.data(), cpu_dense.data(), sum);
     }
     if (item.scale) {
       stamp_fast::cpu::pack_weights_sum(item.dtype, 2, item.cols, sums.data(), cpu_scale.data());
@@ -172,16 +170,12 @@ void check(const std::vector<Problem<T>*>& problems) {
 
 template <typename T>
 void check_shapes() {
-  Problem<T> contiguous(13, 5, 1, 7, 4, 9, true), last(13, 5, 9, 7, 4, 1, true),
-      strided(14, 5, 1, 6, 3, 9, true, 54);
-  Problem<T> all(6, 0, 1, 5, 0, 25, false), rows_only(6, 3, 1, 5, 0, 4, false),
-      cols_only(6, 0, 1, 5, 2, 4, true);
-  Problem<T> vector(1, 0, 1, 29, 8, 1, true), one(1, 1, 1, 1, 1, 1, true),
-      depthwise(19, 11, 1, 1, 0, 9, true);
-  Problem<T> empty(0, 0, 1, 4, 0, 9, false), large(300, 151, 1, 40, 23, 9, true),
-      wide(3, 2, 1, 5000, 4100, 1, true);
-  check<T>({&contiguous, &last, &strided, &all, &rows_only, &cols_only, &vector, &one, &depthwise, &empty,
-            &large, &wide});
+  Problem<T> contiguous(13, 5, 1, 7, 4, 9, true), last(13, 5, 9, 7, 4, 1, true), strided(14, 5, 1, 6, 3, 9, true, 54);
+  Problem<T> all(6, 0, 1, 5, 0, 25, false), rows_only(6, 3, 1, 5, 0, 4, false), cols_only(6, 0, 1, 5, 2, 4, true);
+  Problem<T> vector(1, 0, 1, 29, 8, 1, true), one(1, 1, 1, 1, 1, 1, true), depthwise(19, 11, 1, 1, 0, 9, true);
+  Problem<T> empty(0, 0, 1, 4, 0, 9, false), large(300, 151, 1, 40, 23, 9, true), wide(3, 2, 1, 5000, 4100, 1, true);
+  check<T>(
+      {&contiguous, &last, &strided, &all, &rows_only, &cols_only, &vector, &one, &depthwise, &empty, &large, &wide});
   // More items than one launch takes.
   check<T>(std::vector<Problem<T>*>(101, &contiguous));
   check<T>({});

@@ -215,9 +215,7 @@ def test_gradient_only_where_needed():
     tensors, rows, cols, scales = case.native_args()
     grads = [torch.ones_like(output) for output in outputs]
     flags = [True, False, False], [False, True, False]
-    d_tensors, d_scales = torch.ops.stamp_fast.pack_weights_backward(
-        grads, tensors, rows, cols, scales, *flags
-    )
+    d_tensors, d_scales = torch.ops.stamp_fast.pack_weights_backward(grads, tensors, rows, cols, scales, *flags)
     assert [d.numel() for d in d_tensors] == [20, 0, 0]
     assert [d.numel() for d in d_scales] == [0, 2, 0]
 
@@ -257,9 +255,7 @@ def test_compiles_without_graph_break(dynamic, assert_close):
     torch._dynamo.reset()
     compiled = torch.compile(pack_weights, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for kept in (3, 4):
-        case = (
-            Case().add((8, 6, 3, 3), kept, 2, True, channels_last).add((8,), kept, None, True).require_grad()
-        )
+        case = Case().add((8, 6, 3, 3), kept, 2, True, channels_last).add((8,), kept, None, True).require_grad()
         outputs, expected = compiled(*case.args), pack_weights(*case.args)
         grads = [torch.randn_like(output) for output in outputs]
         actual_grads = torch.autograd.grad(outputs, case.differentiable, grads)

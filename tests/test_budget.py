@@ -1,0 +1,279 @@
+"""Budgets are met within 2 percent or refused with words; widths obey round_to."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from reference.masked import counted_macs
+from reference.networks import Residual
+from torch import Tensor, nn
+
+from stamp_fast import ArgumentError, Budget, BudgetError, ChannelGraph, importance, trace
+
+X = torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(reproducible: None) -> None:
+    torch.set_num_threads(1)
+
+
+def chain(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip((3, *widths), widths, strict=False):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 5))
+
+
+def scores_of(graph: ChannelGraph, seed: int = 0) -> Tensor:
+    return importance.random(graph, seed)
+
+
+def widths_of(model: nn.Module) -> list[int]:
+    return [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def measured(model: nn.Module, kind: str) -> float:
+    if kind == "macs":
+        return counted_macs(model, X[:1])
+    if kind == "params":
+        return sum(p.numel() for p in model.parameters())
+    return sum(widths_of(model))
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"macs": 0.5},
+        {"macs": 0.05},
+        {"macs": 0.97},
+        {"params": 0.3},
+        {"channels": 0.6},
+        {"macs": 0.5, "params": 0.4},
+        {"macs": 0.4, "params": 0.9, "channels": 0.95},
+        {"macs": 1.0},
+    ],
+    ids=lambda asked: "-".join(f"{k}{v}" for k, v in asked.items()),
+)
+def test_met_within_two_percent(asked, ranking):
+    model = chain(64, 96, 80)
+    dense = {kind: measured(model, kind) for kind in asked}
+    graph = trace(model, X)
+    graph.compact(graph.select(scores_of(graph), Budget(**asked), ranking=ranking))
+    used = [measured(model, kind) / dense[kind] / ask for kind, ask in asked.items()]
+    assert all(u <= 1.02 for u in used), "every fraction has to hold"
+    assert max(used) >= 0.98, "more was cut than asked"
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    widths=st.lists(st.integers(48, 80), min_size=2, max_size=3),
+    kind=st.sampled_from(["macs", "params", "channels"]),
+    ask=st.floats(0.3, 1.0),
+    ranking=st.sampled_from(["global", "local"]),
+    floor=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 99),
+)
+def test_random_networks(widths, kind, ask, ranking, floor, seed):
+    model = chain(*widths)
+    dense = measured(model, kind)
+    graph = trace(model, X)
+    scores = scores_of(graph, seed)
+    keep = graph.select(scores, Budget(**{kind: ask}), ranking=ranking, floor=floor)
+    for group in graph.groups:
+        chosen, values = keep[group.classes], scores[group.classes]
+        assert chosen.any()
+        assert chosen.all() or values[chosen].min() >= values[~chosen].max(), "a better channel went before a worse one"
+    graph.compact(keep)
+    assert 0.98 <= measured(model, kind) / dense / ask <= 1.02
+    assert min(widths_of(model)) >= 1
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    ask=st.floats(0.02, 1.0),
+    seed=st.integers(0, 99),
+)
+def test_coarse_networks_are_met_or_refused(widths, ask, seed):
+    model = chain(*widths)
+    dense = measured(model, "macs")
+    graph = trace(model, X)
+    try:
+        keep = graph.select(scores_of(graph, seed), Budget(macs=ask))
+    except BudgetError as error:
+        assert "out of reach" in str(error) or "too coarse" in str(error)
+        return
+    graph.compact(keep)
+    assert measured(model, "macs") / dense <= 1.02 * ask
+    assert bool(keep.all()) or measured(model, "macs") / dense >= 0.98 * ask
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize(("widths", "ask"), [((24, 24), 0.25), ((12, 24), 0.5), ((16, 16), 0.3)])
+def test_only_what_cannot_be_met_is_refused(widths, ask, ranking):
+    graph = trace(chain(*widths), X)
+    orders = [g.classes.start + torch.randperm(g.num_classes) for g in graph.groups]
+
+    def meets(first: int, second: int) -> bool:
+        keep = graph.all_kept()
+        keep[orders[0][first:]] = False
+        keep[orders[1][second:]] = False
+        return 0.98 <= graph.macs(keep) / graph.macs() / ask <= 1.0
+
+    possible = [(i, j) for i in range(1, widths[0] + 1) for j in range(1, widths[1] + 1) if meets(i, j)]
+    assert possible
+    refused = 0
+    for seed in range(20):
+        try:
+            keep = graph.select(scores_of(graph, seed), Budget(macs=ask), ranking=ranking)
+            assert 0.98 <= graph.macs(keep) / graph.macs() / ask <= 1.02
+        except BudgetError:
+            refused += 1
+    assert refused == 0, f"refused {refused} of 20 times, though {len(possible)} pairs of widths meet it"
+
+
+def test_global_ranking_removes_the_weakest_anywhere():
+    graph = trace(chain(40, 40), X)
+    scores = torch.rand(graph.num_classes) + 1
+    weak = torch.randperm(graph.num_classes)[:24]
+    scores[weak] *= 0.01
+    keep = graph.select(scores, Budget(channels=1 - 24 / 80))
+    assert sorted((~keep).nonzero().flatten().tolist()) == sorted(weak.tolist())
+
+
+def test_local_ranking_takes_the_same_fraction_everywhere():
+    graph = trace(chain(40, 80, 20), X)
+    scores = torch.rand(graph.num_classes)
+    scores[graph.groups[0].classes] *= 1e-6
+    keep = graph.select(scores, Budget(channels=0.5), ranking="local")
+    for group in graph.groups:
+        assert abs(keep[group.classes].float().mean() - 0.5) <= 1 / group.num_classes
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_one_weak_group_does_not_swallow_the_budget(floor):
+    graph = trace(chain(64, 64, 64), X)
+    scores = torch.rand(graph.num_classes) + 1
+    scores[graph.groups[1].classes] *= 1e-6
+    keep = graph.select(scores, Budget(macs=0.5), floor=floor)
+    left = [int(keep[g.classes].sum()) for g in graph.groups]
+    assert left[1] >= max(1, 64 * floor)
+    assert 0.49 <= graph.macs(keep) / graph.macs() <= 0.51
+    assert left[1] < 64 and left[0] > 0 and left[2] > 0
+
+
+def test_a_floor_that_the_budget_cannot_afford_is_given_up():
+    graph = trace(chain(40, 40), X)
+    keep = graph.select(scores_of(graph), Budget(macs=0.01), floor=0.9, exact=False)
+    assert graph.macs(keep) / graph.macs() <= 0.01
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize("round_to", [2, 4, 8, 16])
+def test_round_to(ranking, round_to):
+    graph = trace(chain(70, 96, 101), X)
+    keep = graph.select(scores_of(graph), Budget(macs=0.5), ranking=ranking, round_to=round_to, exact=False)
+    cut = 0
+    for group in graph.groups:
+        left = int(keep[group.classes].sum())
+        cut += left < group.channels
+        assert left == group.channels or left % round_to == 0
+        assert left > 0
+    assert cut
+    assert graph.macs(keep) / graph.macs() <= 0.5 * 1.02
+
+
+def test_round_to_wider_than_a_group_keeps_it():
+    graph = trace(chain(12, 128, 128), X)
+    keep = graph.select(scores_of(graph), Budget(macs=0.4), round_to=16, exact=False)
+    assert keep[graph.groups[0].classes].all()
+    assert not keep[graph.groups[1].classes].all()
+
+
+def test_coupled_widths_obey_round_to():
+    """A class of four channels each: sixteen is four classes."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 128, 3),
+        nn.PixelShuffle(2),
+        nn.Conv2d(32, 64, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+    graph = trace(model, X)
+    keep = graph.select(scores_of(graph), Budget(macs=0.4), ranking="local", round_to=16, exact=False)
+    graph.compact(keep)
+    assert model[0].out_channels % 16 == 0 and 0 < model[0].out_channels < 128
+    assert model[2].out_channels % 16 == 0 and 0 < model[2].out_channels < 64
+
+
+def test_never_fewer_than_one_channel():
+    graph = trace(chain(16, 16, 16), X)
+    least = graph.all_kept()
+    for group in graph.groups:
+        least[group.classes.start + 1 : group.classes.stop] = False
+    keep = graph.select(scores_of(graph), Budget(macs=graph.macs(least) / graph.macs()))
+    assert [int(keep[g.classes].sum()) for g in graph.groups] == [1, 1, 1]
+
+
+# --- refusals ---
+def test_out_of_reach_names_the_range_and_what_is_in_the_way():
+    graph = trace(Residual(inputs=3), X)
+    graph.protect(["conv3"])
+    with pytest.raises(BudgetError) as error:
+        graph.select(scores_of(graph), Budget(macs=0.01), round_to=2)
+    text = str(error.value)
+    assert "Budget(macs=0.01)" in text and "out of reach" in text and "round_to=2" in text
+    assert "kept on request" in text and "'head'" in text and "output of the model" in text
+    # The promised end of the range can be had.
+    least = float(text.split("macs=")[2].split()[0])
+    keep = graph.select(scores_of(graph), Budget(macs=least + 0.01), round_to=2, exact=False)
+    assert graph.macs(keep) / graph.macs() == pytest.approx(least, abs=0.011)
+
+
+def test_too_coarse_names_the_neighbours():
+    graph = trace(chain(4), X)
+    with pytest.raises(BudgetError, match="too coarse") as error:
+        graph.select(scores_of(graph), Budget(channels=0.6))
+    text = str(error.value)
+    assert "'0'" in text and "(4 removable units)" in text
+    # 2 of 4 or 3 of 4, relative to the ask.
+    assert f"{0.5 / 0.6:.3f} or {0.75 / 0.6:.3f} times the ask" in text
+    assert int(graph.select(scores_of(graph), Budget(channels=0.75)).sum()) == 3
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.5", [0.5]])
+@pytest.mark.parametrize("kind", ["macs", "params", "channels"])
+def test_fraction_outside_its_range(kind, value):
+    with pytest.raises(ArgumentError, match=f"Budget: {kind} must be a fraction"):
+        Budget(**{kind: value})
+
+
+def test_budget_of_nothing():
+    with pytest.raises(ArgumentError, match="at least one of macs=, params=, channels="):
+        Budget()
+
+
+def test_scores_that_cannot_be_ranked():
+    graph = trace(chain(8, 8), X)
+    scores = torch.rand(graph.num_classes)
+    with pytest.raises(ArgumentError, match=rf"scores: expected shape \({graph.num_classes},\)"):
+        graph.select(scores[1:], Budget(macs=0.5))
+    with pytest.raises(ArgumentError, match="ranking must be 'global' or 'local', got 'sideways'"):
+        graph.select(scores, Budget(macs=0.5), ranking="sideways")
+    for bad in (0, -4, 2.5, True):
+        with pytest.raises(ArgumentError, match="round_to"):
+            graph.select(scores, Budget(macs=0.5), round_to=bad)
+    scores[graph.groups[1].classes.start] = float("nan")
+    with pytest.raises(ArgumentError, match=f"NaN in group '{graph.groups[1].name}'"):
+        graph.select(scores, Budget(macs=0.5))
+
+
+def test_infinite_scores_are_an_order_like_any_other():
+    graph = trace(chain(20, 20), X)
+    scores = torch.rand(graph.num_classes)
+    scores[3], scores[25] = float("inf"), float("-inf")
+    keep = graph.select(scores, Budget(channels=0.5))
+    assert bool(keep[3]) and not bool(keep[25])

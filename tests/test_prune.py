@@ -1,0 +1,511 @@
+"""prune() end to end on real digits, and what it says to arguments it cannot use."""
+
+import copy
+import json
+
+import pytest
+import torch
+from reference.masked import counted_macs
+from reference.networks import Plain, Residual
+from reference.state import Frozen
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import stamp_fast
+from stamp_fast import ArgumentError, Budget, BudgetError, LoaderError, ModelError, StampFastError, TraceError
+from stamp_fast.methods import METHODS
+from stamp_fast.report import GroupVerdict, PruneReport
+
+
+@pytest.fixture(autouse=True)
+def one_thread(reproducible: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> TensorDataset:
+    data = load_digits()
+    return TensorDataset(torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target))
+
+
+@pytest.fixture(scope="module")
+def trained(digits) -> nn.Module:
+    """A small network that knows its digits."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = Plain()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(4):
+        for x, y in DataLoader(digits, 64, shuffle=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert accuracy(model.eval(), digits) > 0.95
+    return model
+
+
+@pytest.fixture
+def model(trained) -> nn.Module:
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def loader(digits) -> DataLoader:
+    return DataLoader(digits, 32)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, digits: TensorDataset) -> float:
+    x, y = digits.tensors
+    return (model.eval()(x).argmax(1) == y).float().mean().item()
+
+
+def batches(count: int = 3, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(size, 1, 8, 8), torch.randint(10, (size,))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_on_digits(method, model, loader, digits):
+    x = digits.tensors[0][:1]
+    dense_macs = counted_macs(model, x)
+    dense_params = sum(p.numel() for p in model.parameters())
+    result = stamp_fast.prune(model, loader, method=method, seed=0, progress=False)
+    assert result is model
+    assert 0.49 <= counted_macs(model, x) / dense_macs <= 0.51
+    # Ten classes: chance is 0.1. Before any fine-tuning the network is usable, but for random channels.
+    assert accuracy(model, digits) > (0.3 if method == "random" else 0.5)
+
+    told = stamp_fast.report(model)
+    assert told.method == method and told.budget == {"macs": 0.5}
+    assert told.macs_before == dense_macs and told.macs_after == counted_macs(model, x)
+    assert told.params_before == dense_params
+    assert told.params_after == sum(p.numel() for p in model.parameters())
+    assert told.equality_error is not None and told.equality_error < 1e-5
+    assert told.train_step_ms_before > 0 and told.train_step_ms_after > 0
+    assert told.peak_memory_after < told.peak_memory_before
+    assert set(told.seconds) == {"trace", "score", "cut", "recalibrate", "measure"}
+    verdicts = {g.name: g for g in told.groups}
+    assert set(verdicts) == {"conv1", "conv2", "hidden", "head"}
+    assert (verdicts["conv1"].channels, verdicts["conv1"].kept) == (24, model.conv1.out_channels)
+    assert (verdicts["conv2"].channels, verdicts["conv2"].kept) == (48, model.conv2.out_channels)
+    assert verdicts["head"].verdict == "kept" and "output of the model" in verdicts["head"].reason
+    assert verdicts["conv2"].verdict == "pruned" and verdicts["conv2"].reason == ""
+
+
+def test_pruned_network_learns_again(model, loader, digits):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    objects = [id(p) for p in model.parameters()]
+    stamp_fast.prune(model, loader, optimizer=optimizer, seed=0, progress=False)
+    assert [id(p) for p in model.parameters()] == objects
+    for parameter in model.parameters():
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    assert model.training
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert accuracy(model, digits) > 0.9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_seed_makes_it_repeatable(method, model, loader):
+    other = copy.deepcopy(model)
+    data = list(loader)  # a DataLoader draws from the global state itself
+    rng = torch.get_rng_state()
+    stamp_fast.prune(model, data, method=method, seed=3, steps=5, progress=False)
+    assert torch.equal(torch.get_rng_state(), rng), "a seeded prune moved the global random state"
+    torch.rand(7)
+    stamp_fast.prune(other, data, method=method, seed=3, steps=5, progress=False)
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("method", ["stamp", "random"])
+def test_seeds_differ(method, model, loader):
+    other = copy.deepcopy(model)
+    stamp_fast.prune(model, loader, method=method, seed=1, steps=5, progress=False)
+    stamp_fast.prune(other, loader, method=method, seed=2, steps=5, progress=False)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+
+def test_prints_nothing(model, loader, capfd):
+    stamp_fast.prune(model, loader, steps=3, progress=False)
+    stamp_fast.report(model)
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_progress_never_writes_to_stdout(model, loader, capfd):
+    stamp_fast.prune(model, loader, steps=3)
+    assert capfd.readouterr().out == ""
+
+
+def test_report_text_and_json(model, loader):
+    stamp_fast.prune(model, loader, method="magnitude", keep=["conv1"], progress=False)
+    told = stamp_fast.report(model)
+    text = str(told)
+    for part in (
+        "magnitude",
+        "MACs",
+        "params",
+        "train step",
+        "conv2",
+        "pruned",
+        "kept on request",
+        "output of the model",
+    ):
+        assert part in text, part
+    read = json.loads(told.to_json())
+    read["groups"] = [GroupVerdict(**group) for group in read["groups"]]
+    assert PruneReport(**read) == told
+
+
+def test_report_of_a_model_never_pruned():
+    with pytest.raises(ArgumentError, match="not pruned"):
+        stamp_fast.report(Plain())
+
+
+def test_keep_and_round_to(loader):
+    model = Residual(width=16)
+    stamp_fast.prune(
+        model,
+        loader,
+        method="taylor",
+        keep=["excite.bias"],
+        round_to=2,
+        budget=Budget(channels=0.7),
+        progress=False,
+    )
+    assert model.conv3.out_channels == model.project.out_channels == 48
+    widths = [model.conv1.out_channels, model.conv2.out_channels, model.squeeze.out_features]
+    assert all(width % 2 == 0 for width in widths) and sum(widths) < 32 + 16 + 16
+
+
+def test_flags_and_gradients_are_left_alone(model, loader):
+    model.train()
+    model.bn1.eval()
+    model.conv1.weight.requires_grad_(False)
+    flags = {name: m.training for name, m in model.named_modules()}
+    requires = {name: p.requires_grad for name, p in model.named_parameters()}
+    stamp_fast.prune(model, loader, steps=3, progress=False)
+    assert {name: m.training for name, m in model.named_modules()} == flags
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == requires
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_the_caller_do_not_count(method, model, loader):
+    """A gradient that lies around is no part of the scores, and is not lost."""
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    stamp_fast.prune(model, loader, method=method, steps=3, seed=0, progress=False)
+    stamp_fast.prune(other, loader, method=method, steps=3, seed=0, progress=False)
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, torch.full_like(parameter, 1e3)), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_frozen_model(method, model, loader):
+    model.requires_grad_(False)
+    old = model.conv1.weight.clone()
+    stamp_fast.prune(model, loader, method=method, steps=3, progress=False)
+    assert model.conv1.out_channels < 24 or model.conv2.out_channels < 48
+    assert not any(p.requires_grad for p in model.parameters())
+    rows = {row.numpy().tobytes() for row in old}
+    assert all(row.numpy().tobytes() in rows for row in model.conv1.weight), "a frozen weight has changed"
+
+
+def test_frozen_parameters_keep_their_values(model, loader):
+    model.conv1.weight.requires_grad_(False)
+    old = {row.numpy().tobytes() for row in model.conv1.weight}
+    stamp_fast.prune(model, loader, steps=3, seed=0, progress=False)
+    assert all(row.numpy().tobytes() in old for row in model.conv1.weight)
+    assert not model.conv1.weight.requires_grad and model.conv2.weight.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad], ids=["no_grad", "enable_grad"])
+def test_gradient_context(method, context, model, loader):
+    with context():
+        stamp_fast.prune(model, loader, method=method, steps=3, budget=Budget(channels=0.5), progress=False)
+    assert model.conv2.out_channels < 48
+
+
+def test_generator_loader_is_enough(model):
+    data = batches()
+    stamp_fast.prune(model, (batch for batch in data), steps=7, progress=False)
+    assert model.conv2.out_channels < 48
+
+
+def test_any_batch_with_a_loss_function(model):
+    data = [{"image": x, "label": y} for x, y in batches()]
+    loss = lambda m, b: F.cross_entropy(m(b["image"]), b["label"])  # noqa: E731
+    with pytest.raises(ArgumentError, match="example"):
+        stamp_fast.prune(model, data, loss_fn=loss, steps=3, progress=False)
+    stamp_fast.prune(model, data, loss_fn=loss, example=data[0]["image"], steps=3, progress=False)
+    assert model.conv2.out_channels < 48
+
+
+def test_channels_last_and_float64(model, digits):
+    model = model.double().to(memory_format=torch.channels_last)
+    x, y = digits.tensors
+    stamp_fast.prune(model, [(x[:32].double(), y[:32])], steps=3, progress=False)
+    assert model.conv2.weight.dtype == torch.float64
+    assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_model(method, model, digits):
+    x, y = digits.tensors
+    stamp_fast.prune(model.double(), [(x[:32].double(), y[:32])], method=method, steps=3, progress=False)
+    assert model.conv2.out_channels < 48
+
+
+def test_compiled_model_is_unwrapped(model, loader):
+    compiled = torch.compile(model, backend="eager")
+    assert stamp_fast.prune(compiled, loader, method="magnitude", progress=False) is compiled
+    assert model.conv2.out_channels < 48
+    assert stamp_fast.report(compiled).method == "magnitude"
+
+
+# --- arguments it cannot use ---
+class Unmade:
+    """`make(model) -> keyword arguments of prune`, the error, and what its message has to say."""
+
+    def __init__(self, make, error, match, change=lambda model: model) -> None:
+        self.make, self.error, self.match, self.change = make, error, match, change
+
+
+def raising_after(count: int):
+    yield from batches(count)
+    raise OSError("the disk is gone")
+
+
+class Restartable:
+    """Raises in the middle of every pass."""
+
+    def __iter__(self):
+        return raising_after(2)
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    model.conv2.weight.data[0, 0, 0, 0] = float("nan")
+    return model
+
+
+def with_inf_statistic(model: nn.Module) -> nn.Module:
+    model.bn1.running_var[3] = float("inf")
+    return model
+
+
+def half_on_meta(model: nn.Module) -> nn.Module:
+    model.head.to("meta")
+    return model
+
+
+def vector(model: nn.Module, batch) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class CountsCalls:
+    """A loss that turns NaN after some calls."""
+
+    def __init__(self, sound: int) -> None:
+        self.left = sound
+
+    def __call__(self, model: nn.Module, batch) -> Tensor:
+        self.left -= 1
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        return loss if self.left >= 0 else loss * float("nan")
+
+
+def on(loader, **more):
+    return lambda model: {"loader": loader() if callable(loader) else loader, **more}
+
+
+GOOD = batches
+UNUSABLE = {
+    "empty-loader": Unmade(lambda m: {"loader": []}, LoaderError, "loader: yields no batch"),
+    "empty-generator": Unmade(lambda m: {"loader": iter(())}, LoaderError, "loader: yields no batch"),
+    "lambda-loader": Unmade(lambda m: {"loader": lambda: batches()}, LoaderError, "loader: expected an iterable"),
+    "wrong-image-shape": Unmade(
+        on([(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))]),
+        LoaderError,
+        r"loader: .*\(4, 3, 8, 8\)",
+    ),
+    "tensors-only": Unmade(on([torch.randn(4, 1, 8, 8)]), LoaderError, r"loader: expected \(inputs, targets\)"),
+    "three-parts": Unmade(on([(torch.randn(4, 1, 8, 8),) * 3]), LoaderError, "of length 3"),
+    "targets-out-of-range": Unmade(
+        on([(torch.randn(4, 1, 8, 8), torch.full((4,), 10))]), LoaderError, "targets .* do not fit"
+    ),
+    "targets-of-another-length": Unmade(
+        on([(torch.randn(4, 1, 8, 8), torch.zeros(3, dtype=torch.long))]),
+        LoaderError,
+        "targets .* do not fit",
+    ),
+    "targets-of-another-type": Unmade(on([(torch.randn(4, 1, 8, 8), "cat")]), LoaderError, "targets str do not fit"),
+    "nan-images": Unmade(
+        on([(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.long))]),
+        LoaderError,
+        "loss .* nan",
+    ),
+    "loader-raises-in-the-middle": Unmade(
+        lambda m: {"loader": Restartable(), "steps": 9}, LoaderError, "the disk is gone"
+    ),
+    "generator-raises-in-the-middle": Unmade(
+        lambda m: {"loader": raising_after(2), "steps": 9}, LoaderError, "the disk is gone"
+    ),
+    "later-batch-of-another-shape": Unmade(
+        lambda m: {"loader": [*batches(2), (torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))]},
+        LoaderError,
+        "loader",
+    ),
+    "budget-zero": Unmade(
+        lambda m: {"loader": GOOD(), "budget": Budget(macs=0)}, ArgumentError, r"macs .*\(0, 1\].* 0"
+    ),
+    "budget-above-one": Unmade(
+        lambda m: {"loader": GOOD(), "budget": Budget(params=1.2)}, ArgumentError, "params .* 1.2"
+    ),
+    "budget-nan": Unmade(
+        lambda m: {"loader": GOOD(), "budget": Budget(macs=float("nan"))}, ArgumentError, "macs .* nan"
+    ),
+    "budget-text": Unmade(lambda m: {"loader": GOOD(), "budget": Budget(macs="half")}, ArgumentError, "'half'"),
+    "budget-empty": Unmade(lambda m: {"loader": GOOD(), "budget": Budget()}, ArgumentError, "at least one of macs="),
+    "budget-none": Unmade(
+        lambda m: {"loader": GOOD(), "budget": None}, ArgumentError, "budget: expected a Budget.*None"
+    ),
+    "budget-number": Unmade(lambda m: {"loader": GOOD(), "budget": 0.5}, ArgumentError, "budget: expected a Budget"),
+    "budget-out-of-reach": Unmade(
+        lambda m: {"loader": GOOD(), "budget": Budget(macs=1e-6), "method": "magnitude"},
+        BudgetError,
+        "out of reach",
+    ),
+    "method-typo": Unmade(
+        lambda m: {"loader": GOOD(), "method": "magnitud"}, ArgumentError, "method: .*stamp.*'magnitud'"
+    ),
+    "method-none": Unmade(lambda m: {"loader": GOOD(), "method": None}, ArgumentError, "method"),
+    "method-list": Unmade(lambda m: {"loader": GOOD(), "method": ["stamp"]}, ArgumentError, "method"),
+    "steps-zero": Unmade(lambda m: {"loader": GOOD(), "steps": 0}, ArgumentError, "steps: .* 0"),
+    "steps-text": Unmade(lambda m: {"loader": GOOD(), "steps": "many"}, ArgumentError, "steps"),
+    "round-to-zero": Unmade(lambda m: {"loader": GOOD(), "round_to": 0}, ArgumentError, "round_to: .* 0"),
+    "keep-typo": Unmade(lambda m: {"loader": GOOD(), "keep": ["conv1", "covn2"]}, ArgumentError, "keep: .*'covn2'"),
+    "keep-string": Unmade(lambda m: {"loader": GOOD(), "keep": "conv1"}, ArgumentError, "keep: expected a list"),
+    "keep-module": Unmade(lambda m: {"loader": GOOD(), "keep": [m.conv1]}, ArgumentError, "keep: expected a list"),
+    "keep-none": Unmade(lambda m: {"loader": GOOD(), "keep": None}, ArgumentError, "keep"),
+    "seed-text": Unmade(lambda m: {"loader": GOOD(), "seed": "lucky"}, ArgumentError, "seed"),
+    "everything-kept": Unmade(
+        lambda m: {"loader": GOOD(), "keep": ["conv1", "conv2", "hidden"]},
+        ModelError,
+        "nothing to prune.*kept on request",
+    ),
+    "optimizer-of-another-model": Unmade(
+        lambda m: {"loader": GOOD(), "optimizer": torch.optim.SGD(Plain(width=3).parameters(), lr=0.1)},
+        ArgumentError,
+        "optimizer: holds none",
+    ),
+    "optimizer-class": Unmade(lambda m: {"loader": GOOD(), "optimizer": torch.optim.SGD}, ArgumentError, "optimizer"),
+    "vector-loss": Unmade(lambda m: {"loader": GOOD(), "loss_fn": vector}, ArgumentError, r"loss_fn: .*scalar.*\(8,\)"),
+    "number-loss": Unmade(
+        lambda m: {"loader": GOOD(), "loss_fn": lambda m, b: 1.0}, ArgumentError, "loss_fn: .*scalar"
+    ),
+    "nan-loss": Unmade(lambda m: {"loader": GOOD(), "loss_fn": CountsCalls(0)}, StampFastError, "nan"),
+    "nan-loss-later": Unmade(lambda m: {"loader": GOOD(), "loss_fn": CountsCalls(3)}, StampFastError, "(?i)nan"),
+    "nan-loss-later-taylor": Unmade(
+        lambda m: {"loader": GOOD(), "loss_fn": CountsCalls(2), "method": "taylor"}, StampFastError, "(?i)nan"
+    ),
+    "loss-not-callable": Unmade(lambda m: {"loader": GOOD(), "loss_fn": "ce"}, StampFastError, "loss_fn"),
+    "detached-loss": Unmade(
+        lambda m: {"loader": GOOD(), "loss_fn": lambda n, b: F.cross_entropy(n(b[0]), b[1]).detach()},
+        StampFastError,
+        "loss_fn",
+    ),
+    "example-of-another-shape": Unmade(
+        lambda m: {"loader": GOOD(), "example": torch.randn(2, 3, 8, 8)}, TraceError, "meta tensors.*conv1"
+    ),
+    "nan-weights": Unmade(on(batches), ModelError, "'conv2.weight' holds NaN", with_nan),
+    "inf-statistic": Unmade(on(batches), ModelError, "'bn1.running_var' holds NaN or inf", with_inf_statistic),
+    "two-devices": Unmade(
+        on(batches), ModelError, "several devices .*conv1.weight.*cpu.*head.weight.*meta", half_on_meta
+    ),
+    "meta": Unmade(on(batches), ModelError, "meta device", lambda m: m.to("meta")),
+    "data-parallel": Unmade(on(batches), ModelError, "DataParallel.*model.module", nn.DataParallel),
+    "scripted": Unmade(on(batches), ModelError, "ScriptModule", lambda m: torch.jit.trace(m, torch.randn(2, 1, 8, 8))),
+    "lazy": Unmade(on(batches), ModelError, "lazy", lambda m: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten())),
+    "no-parameters": Unmade(on(batches), ModelError, "no parameters", lambda m: nn.Sequential(nn.Flatten())),
+    "one-layer": Unmade(
+        on(batches),
+        ModelError,
+        "nothing to prune.*output of the model",
+        lambda m: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+    ),
+    "not-a-module": Unmade(on(batches), ArgumentError, "model: expected a torch.nn.Module", lambda m: m.forward),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable(name, model):
+    bad = UNUSABLE[name]
+    model = bad.change(model)
+    before = None
+    if isinstance(model, nn.Module) and name not in ("scripted", "lazy", "no-parameters"):
+        for parameter in model.parameters():
+            if parameter.device.type != "meta":
+                parameter.grad = torch.ones_like(parameter)
+        if name not in ("meta", "two-devices"):
+            before = Frozen(model)
+    with pytest.raises(bad.error, match=bad.match):
+        stamp_fast.prune(model, progress=False, **bad.make(model))
+    if before is not None:
+        before.assert_same(rng=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("phase", ["_select_and_cut", "recalibrate", "compare_steps", "_copy"])
+def test_failure_in_any_phase_changes_nothing(monkeypatch, phase, method, model, loader):
+    from importlib import import_module
+
+    road = import_module("stamp_fast.prune")
+    original = getattr(road, phase)
+
+    def failing(*args, **kwargs):
+        original(*args, **kwargs)
+        raise RuntimeError("injected")
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model.train()
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    monkeypatch.setattr(road, phase, failing)
+    before = Frozen(model, optimizer)
+    with pytest.raises(RuntimeError, match="injected"):
+        stamp_fast.prune(model, loader, method=method, steps=3, optimizer=optimizer, progress=False)
+    before.assert_same(rng=False)
+    monkeypatch.setattr(road, phase, original)
+    stamp_fast.prune(model, loader, method=method, steps=3, optimizer=optimizer, progress=False)
+
+
+def test_other_batches_than_the_first_are_moved_and_read(model):
+    """Every one of `steps` batches is used; the loader is begun anew as often as it takes."""
+    seen = []
+
+    class Counting:
+        def __iter__(self):
+            for i, batch in enumerate(batches(3)):
+                seen.append(i)
+                yield batch
+
+    stamp_fast.prune(model, Counting(), steps=7, progress=False)
+    assert seen[:1] == [0] and seen.count(0) >= 3 and seen.count(2) >= 2
