@@ -46,7 +46,7 @@ def _batch_norm(args: tuple) -> Any:
         return NotImplemented
     if any(t is not None and t.shape != (channels,) for t in (args[1], args[2], args[4])):
         return NotImplemented
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
 
 
 def _convolution(args: tuple) -> Any:
