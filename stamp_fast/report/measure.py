@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ROUNDS = 5
-_SECONDS = 2.0
+_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,4 @@
+from stamp_fast.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="stamp-fast")
