@@ -143,16 +143,17 @@ def attributes_set(attributes: list[tuple[nn.Module, str, Any]]) -> Iterator[Non
 
 
 def make(graph: ChannelGraph, keep: torch.Tensor) -> Plan:
-    kept: list[list[torch.Tensor | None]] = []
-    for slot in graph.slots:
-        per_dim: list[torch.Tensor | None] = []
-        for axis in slot.axes:
-            if axis is None:
-                per_dim.append(None)
-                continue
-            live = (axis < 0) | keep[axis.clamp(min=0)]
-            per_dim.append(None if live.all() else live.nonzero().flatten())
-        kept.append(per_dim)
+    indices: dict[int, torch.Tensor | None] = {}  # slots share their axes
+
+    def live(axis: torch.Tensor | None) -> torch.Tensor | None:
+        if axis is None:
+            return None
+        if id(axis) not in indices:
+            stays = (axis < 0) | keep[axis.clamp(min=0)]
+            indices[id(axis)] = None if bool(stays.all()) else stays.nonzero().flatten()
+        return indices[id(axis)]
+
+    kept = [[live(axis) for axis in slot.axes] for slot in graph.slots]
     plan = Plan(graph, keep, kept, [])
     plan.attributes = _attributes(graph, plan)
     return plan

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -78,8 +79,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restores whatever a forward may change: flags, caches in modules' __dict__, RNG, attention switches."""
     saved = []
     for module in model.modules():
-        contents = {k: v.copy() for k, v in module.__dict__.items() if isinstance(v, (dict, list, set))}
-        saved.append((module, dict(module.__dict__), contents))
+        # Most containers of a module are empty tables of hooks: those need no copy.
+        containers = [v for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
+        full = [(v, v.copy()) for v in containers if v]
+        saved.append((module.__dict__, module.__dict__.copy(), full, [v for v in containers if not v]))
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -96,10 +99,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_rng_state(rng)
-        for module, attributes, contents in saved:
-            for key, container in contents.items():
-                _restore_container(attributes[key], container)
-            _restore_container(module.__dict__, attributes)
+        for attributes, before, full, empty in saved:
+            for container in empty:
+                if container:
+                    container.clear()
+            for container, contents in full:
+                _restore_container(container, contents)
+            _restore_container(attributes, before)
 
 
 def _restore_container(value: Any, saved: Any) -> None:
@@ -109,7 +115,9 @@ def _restore_container(value: Any, saved: Any) -> None:
         if value != saved:
             value.clear()
             value.update(saved)
-    elif list(value) != list(saved) or any(value[k] is not saved[k] for k in saved):
+    elif not (
+        len(value) == len(saved) and all(map(is_, value.values(), saved.values())) and value.keys() == saved.keys()
+    ):
         value.clear()
         value.update(saved)
 

@@ -84,6 +84,7 @@ class ChannelGraph:
             _record.Ref,
         )
         owners = _owners(model)
+        self._shared_axes: dict[bytes, torch.Tensor] = {}
         self.slots = [
             Slot(name, is_parameter[i], [self._slot_axis(i, d) for d in range(t.dim())], owners[id(t)])
             for i, (name, t) in enumerate(zip(names, tensors, strict=True))
@@ -92,6 +93,7 @@ class ChannelGraph:
         self.groups = [self._group(g, None) for g in self._core.groups]
         self.frozen = [self._group(g, self._reason(g.event)) for g in self._core.frozen]
         _make_unique(self.groups)
+        self._ends = torch.tensor([0, *(group.classes.stop for group in self.groups)])
         self._reader_dims: dict[int, set[int]] = {}
         for read in self._core.reads:
             if read.slot >= 0:
@@ -126,7 +128,10 @@ class ChannelGraph:
 
     def _slot_axis(self, slot: int, dim: int) -> torch.Tensor | None:
         classes = self._core.slot_axis(slot, dim)
-        return None if classes is None else torch.from_numpy(classes).long()
+        if classes is None:
+            return None
+        # A weight and its norm's four vectors have the same classes: one tensor for all, and later one index.
+        return self._shared_axes.setdefault(classes.tobytes(), torch.from_numpy(classes).long())
 
     def _group(self, group: Any, reason: str | None) -> Group:
         name = self.recording.slots[group.slot]
@@ -214,11 +219,11 @@ class ChannelGraph:
         keep = torch.as_tensor(keep).detach().cpu().bool().contiguous()
         if keep.shape != (self.num_classes,):
             raise ArgumentError(f"keep: expected shape ({self.num_classes},), got {tuple(keep.shape)}")
-        for group in self.groups:
-            chosen = keep[group.classes]
-            if not chosen.any():
+        counts = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])[self._ends].diff().tolist()
+        for group, count in zip(self.groups, counts, strict=True):
+            if count == 0:
                 raise ArgumentError(f"keep: no channel of '{group.name}' is left; at least one must stay")
-            if group.reason is not None and not chosen.all():
+            if group.reason is not None and count < group.num_classes:
                 raise ArgumentError(f"keep: '{group.name}' cannot be pruned: {group.reason}")
         return keep
 
