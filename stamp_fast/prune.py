@@ -119,17 +119,16 @@ def _select_and_cut(
     while True:
         kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
         try:
-            graph.check(kept)
+            expected = masked_output(graph, kept, inputs)
+        except TraceError:
+            expected = None
+        try:
+            graph.compact(kept, optimizer=optimizer)
             break
         except CompactionError as fixed:
             if not fixed.groups:
                 raise
             graph.keep_groups(fixed.groups, fixed.reason)
-    try:
-        expected = masked_output(graph, kept, inputs)
-    except TraceError:
-        expected = None
-    graph.compact(kept, optimizer=optimizer)
     with torch.no_grad():
         return kept, None if expected is None else difference(graph.forward(inputs), expected)
 
