@@ -35,7 +35,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._bar.set_description(f"prune: {name}")
+        self._bar.set_description(f"prune: {name}", refresh=False)
         begin = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - begin
