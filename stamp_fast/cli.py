@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from stamp_fast import __version__
-from stamp_fast.demo import METHODS
+from stamp_fast.methods import METHODS
 
 
 @click.group()
@@ -17,7 +17,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--method", type=click.Choice(METHODS), default="stamp", show_default=True)
+@click.option("--method", type=click.Choice(list(METHODS)), default="stamp", show_default=True)
 @click.option(
     "--budget",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

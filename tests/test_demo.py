@@ -7,9 +7,8 @@ pytest.importorskip("sklearn")
 
 from matplotlib.image import imread
 
-import stamp_fast.methods
 from stamp_fast.cli import main
-from stamp_fast.demo import METHODS, digits, glyphs, network, run
+from stamp_fast.methods import digits, glyphs, network, run
 
 CLASSES = "AbΩж→"
 
@@ -121,10 +120,6 @@ def test_an_accuracy_seen_once_does_not_count_as_reached():
     arm.seconds, arm.accuracy = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [0.1, 0.99, 0.5, 0.97, 0.98, 0.97]
     assert arm.held == [0.1, 0.5, 0.5, 0.97]
     assert arm.seconds_to(0.97) == 3.0
-
-
-def test_demo_offers_the_methods_of_prune():
-    assert set(METHODS) == set(stamp_fast.methods.METHODS)
 
 
 @pytest.mark.parametrize("method", ["stamp", "taylor"])

@@ -1,3 +1,1 @@
 """What `python -m stamp_fast demo` runs: glyphs, a network pretrained on them, digits, and the comparison."""
-
-METHODS = ("stamp", "magnitude", "taylor", "bn_scale", "random")

@@ -161,7 +161,7 @@ def run(
     both. The pruned arm's time includes `prune`.
 
     Args:
-        method: How channels are scored, one of `stamp_fast.demo.METHODS`.
+        method: How channels are scored, one of `stamp_fast.methods.METHODS`.
         budget: Multiply-accumulates of the pruned network as a fraction of the whole one.
         epochs: Epochs of fine-tuning in each arm.
         batch_size: Batch size of fine-tuning and of the batches handed to `prune`.

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..ops import pack_weights
+from ._record import Ref
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -172,10 +173,21 @@ def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, A
     changes = []
     for name, module in graph.model.named_modules():
         weight = new_shape.get((id(module), "weight"))
-        for attribute, value in _widths(module, weight, scalars.get(name, {}), new_shape).items():
+        widths = _widths(module, weight, scalars.get(name, {}), new_shape)
+        if isinstance(module, _NormBase) and not widths:
+            widths = _width_of_input(graph, plan, name)
+        for attribute, value in widths.items():
             if getattr(module, attribute) != value:
                 changes.append((module, attribute, value))
     return changes
+
+
+def _width_of_input(graph: ChannelGraph, plan: Plan, name: str) -> dict[str, int]:
+    """A norm without parameters or statistics: its width is that of what it is given."""
+    for call in graph.recording.calls:
+        if call.module == name and isinstance(call.args[0], Ref):
+            return {"num_features": graph._core.shapes(graph._bytes(plan.keep))[call.args[0]][1]}
+    return {}
 
 
 def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], new_shape: dict) -> dict[str, Any]:
