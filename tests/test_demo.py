@@ -8,7 +8,7 @@ pytest.importorskip("sklearn")
 from matplotlib.image import imread
 
 from stamp_fast.cli import main
-from stamp_fast.methods import digits, glyphs, network, run
+from stamp_fast.demo import digits, glyphs, network, run
 
 CLASSES = "AbΩж→"
 
