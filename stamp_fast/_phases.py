@@ -46,7 +46,8 @@ class Phases:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Every module in training or eval mode; each module's own flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    for module, _ in flags:
+        module.training = training
     try:
         yield
     finally:

@@ -33,8 +33,8 @@ def check_arguments(
         raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
     if not isinstance(keep, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in keep):
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ArgumentError(f"seed: must be a whole number or None, got {seed!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        raise ArgumentError(f"seed: must be a whole number from 0 to 2**63 - 1, or None, got {seed!r}")
     if torch.is_inference_mode_enabled():
         raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):

@@ -43,7 +43,7 @@ class Batches:
         self.first = self._moved(first)
 
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda v: v.to(self._device) if isinstance(v, torch.Tensor) else v, batch)
+        return tree_map(lambda v: v.to(self._device, copy=True) if isinstance(v, torch.Tensor) else v, batch)
 
     def _one_pass(self) -> Iterator[Any]:
         if self._tail is None:

@@ -13,13 +13,21 @@ from torch.nn.modules.batchnorm import _NormBase
 def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
     """Replaces running means and variances by their average over `batches`; returns how many layers have them.
 
-    Only layers that track statistics are in training mode meanwhile; every flag and momentum is put back.
+    Left alone: layers that the forward does not reach in eval mode, and layers that the user has put in eval mode
+    inside a model in training mode. Only the layers worked on are in training mode meanwhile; every flag, momentum
+    and batch counter is put back.
     """
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, _NormBase) and m.track_running_stats and (m.training or not model.training)
+    ]
     if not norms:
         return 0
     flags = [(module, module.training) for module in model.modules()]
-    momenta = [(norm, norm.momentum) for norm in norms]
+    before = [
+        (norm, norm.momentum, {k: b.clone() for k, b in norm._buffers.items() if b is not None}) for norm in norms
+    ]
     try:
         model.eval()
         for norm in norms:
@@ -30,8 +38,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
             for batch in batches:
                 forward(model, batch)
     finally:
-        for norm, momentum in momenta:
+        for norm, momentum, buffers in before:
             norm.momentum = momentum
+            reached = bool(norm.num_batches_tracked > 0)
+            for name, buffer in buffers.items():
+                if not reached or name == "num_batches_tracked":
+                    norm._buffers[name].copy_(buffer)
         for module, training in flags:
             module.training = training
     return len(norms)

@@ -1,7 +1,6 @@
 #include "propagate.h"
 
 #include <algorithm>
-#include <set>
 #include <stdexcept>
 #include <unordered_set>
 
@@ -106,7 +105,7 @@ void Propagator::survey_split_sites() {
 }
 
 Axis Propagator::axis(int32_t tensor, int dim) const {
-  const Axis& stored = labels_[tensor][dim];
+  const Axis& stored = labels_.at(tensor).at(dim);
   if (stored.layers.empty()) return stored;
   Axis live;
   live.site = stored.site;
@@ -114,6 +113,13 @@ Axis Propagator::axis(int32_t tensor, int dim) const {
   for (const Ids& layer : stored.layers)
     if (!all_frozen(classes_, *layer)) live.layers.push_back(layer);
   return live;
+}
+
+void Propagator::set(int32_t tensor, Labels labels) {
+  if (labels.size() != shape(tensor).size())
+    throw std::logic_error("channel graph: " + record_.ops[current_].name +
+                           " gives another number of dims than traced");
+  labels_[tensor] = std::move(labels);
 }
 
 Labels Propagator::labels_of(int32_t tensor) const {
@@ -318,13 +324,6 @@ void Propagator::read(int32_t tensor, int dim, bool exact) {
 void Propagator::produce(int32_t tensor, int dim) {
   const Origin& origin = origins_[tensor];
   if (origin.slot >= 0) producers_.emplace_back(origin.slot, origin.dims[dim]);
-}
-
-int Propagator::distinct_classes(const Axis& axis) const {
-  std::set<int32_t> roots;
-  for (const Ids& layer : axis.layers)
-    for (const int32_t id : *layer) roots.insert(classes_.live_root(id));
-  return static_cast<int>(roots.size());
 }
 
 }  // namespace stamp_fast

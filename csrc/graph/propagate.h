@@ -61,7 +61,7 @@ class Propagator {
   int rank(int32_t tensor) const { return static_cast<int>(shape(tensor).size()); }
   Axis axis(int32_t tensor, int dim) const;
   Labels labels_of(int32_t tensor) const;
-  void set(int32_t tensor, Labels labels) { labels_[tensor] = std::move(labels); }
+  void set(int32_t tensor, Labels labels);
   void set_origin(int32_t tensor, Origin origin) { origins_[tensor] = std::move(origin); }
   bool is_used(int32_t tensor) const { return use_count_[tensor] > 0; }
   bool is_slot_view(int32_t tensor) const { return origins_[tensor].slot >= 0; }
@@ -86,7 +86,6 @@ class Propagator {
   void produce(int32_t tensor, int dim);
   // A split into heads: the axis that activations contract later must not be the one that survives.
   void mark_contracted(const Axis& a, const Axis& b);
-  int distinct_classes(const Axis& axis) const;
 
  private:
   void pass();

@@ -1,5 +1,7 @@
 #include "rules.h"
 
+#include <exception>
+
 namespace stamp_fast {
 namespace {
 
@@ -40,11 +42,16 @@ std::vector<int64_t> list_arg(const Op& op, size_t i) {
 
 void apply_rule(Propagator& graph, const Op& op) {
   const auto row = rule_table().find(base_name(op.name));
+  std::string reason = "no rule for operator " + op.name;
   if (row != rule_table().end() && op.name.rfind("aten.", 0) == 0) {
-    row->second(graph, op);
-    return;
+    try {
+      row->second(graph, op);
+      return;
+    } catch (const std::exception& error) {
+      // An overload that the rule was not written for: what it touches stays.
+      reason = "the rule for operator " + op.name + " does not fit: " + error.what();
+    }
   }
-  const std::string reason = "no rule for operator " + op.name;
   for (const Value& arg : op.args) freeze_arg(graph, arg, reason);
   for (const int32_t out : op.outs) graph.set(out, Labels(graph.rank(out)));
 }

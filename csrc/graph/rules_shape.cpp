@@ -477,7 +477,7 @@ void add_shape_rules(RuleTable& table) {
   table["pixel_shuffle"] = pixel_shuffle;
   table["pixel_unshuffle"] = pixel_unshuffle;
   for (const char* name : {"channel_shuffle", "native_channel_shuffle"}) table[name] = channel_shuffle;
-  for (const char* name : {"as_strided"}) table[name] = as_strided;
+  table["as_strided"] = as_strided;
   table["glu"] = glu;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ class Budget:
         if not self.asked():
             raise ArgumentError("Budget: give at least one of macs=, params=, channels=, each a fraction in (0, 1]")
         for name, value in self.asked().items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
                 raise ArgumentError(f"Budget: {name} must be a fraction in (0, 1], got {value!r}")
 
     def asked(self) -> dict[str, float]:

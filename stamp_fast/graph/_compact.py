@@ -68,7 +68,9 @@ def _follows(value: Any, owner: torch.Tensor, what: str) -> bool:
     Raises:
         ArgumentError: it is neither shaped like the parameter nor a single number.
     """
-    if not isinstance(value, (torch.Tensor, list, tuple)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+    if not isinstance(value, (torch.Tensor, list, tuple, dict)) or (
+        isinstance(value, torch.Tensor) and value.numel() == 1
+    ):
         return False
     if isinstance(value, torch.Tensor) and value.dim() == owner.dim():
         sizes = zip(value.shape, owner.shape, strict=True)

@@ -124,9 +124,11 @@ def swapped(plan: Plan, replacement: dict[int, torch.Tensor]) -> Iterator[None]:
                     # Recurrent layers keep their parameters in a list too.
                     undo.append((module.__dict__, "_flat_weights", module._flat_weights))
                     module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
+        torch.clear_autocast_cache()  # it holds casts of parameters by object
         with attributes_set(plan.attributes):
             yield
     finally:
+        torch.clear_autocast_cache()
         for table, key, tensor in reversed(undo):
             table[key] = tensor
 

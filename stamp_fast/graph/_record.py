@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
 from ._shapes import FAST
@@ -22,6 +22,7 @@ from ._shapes import FAST
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(os.path.dirname(__file__))
 _BATCH = 2
+_SMALL = 64  # elements of a constant whose values are kept
 
 
 class Ref(int):
@@ -52,6 +53,7 @@ class Recording:
     calls: list[Call]
     outputs: list[int]
     pinned: list[int]
+    values: dict[int, tuple] = dataclasses.field(default_factory=dict)  # of small constant tensors
     costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
 
 
@@ -63,15 +65,25 @@ def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def batch_of_two(example: Any) -> Any:
-    """The example on the meta device, its first dim brought to 2: 1 would hide a batch that absorbs channels."""
+    """The example on the meta device, its batch brought to 2: 1 would hide a batch that absorbs channels.
+
+    The batch is the first dim of the first tensor, and of every tensor whose first dim is of the same size.
+    """
+    batch = next((v.shape[0] for v in tree_leaves(example) if isinstance(v, torch.Tensor) and v.dim()), None)
 
     def convert(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        shape = (_BATCH, *value.shape[1:]) if value.dim() else ()
+        has_batch = value.dim() and value.shape[0] == batch
+        shape = (_BATCH, *value.shape[1:]) if has_batch else value.shape
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
     return tree_map(convert, example)
+
+
+def fresh(inputs: Any) -> Any:
+    """A copy of inputs, for a forward that may work on them in place."""
+    return tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, inputs)
 
 
 @contextlib.contextmanager
@@ -92,7 +104,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with (
             torch.no_grad(),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            torch.autocast("cpu", enabled=False),
+            torch.autocast(_autocast_device(model), enabled=False),
         ):
             yield
     finally:
@@ -106,6 +118,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for container, contents in full:
                 _restore_container(container, contents)
             _restore_container(attributes, before)
+
+
+def _autocast_device(model: nn.Module) -> str:
+    first = next(iter(slot_tensors(model).values()), None)
+    return "cuda" if first is not None and first.is_cuda else "cpu"
 
 
 def _restore_container(value: Any, saved: Any) -> None:
@@ -152,6 +169,8 @@ class _Recorder(TorchDispatchMode):
         self.recording.shapes.append(tuple(tensor.shape))
         self._index[id(tensor)] = position
         self._alive.append(tensor)
+        if tensor.device.type != "meta" and tensor.numel() <= _SMALL:
+            self.recording.values[position] = tuple(tensor.detach().flatten().tolist())
         return position
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -202,21 +221,21 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _write(self, func, args, kwargs, result) -> None:
+        refs = tuple(_map(self._to_ref, value) for value in _in_schema_order(func, args, kwargs))
+        shapes = self.recording.shapes
         outs = []
         for tensor in _tensors_in((result,)):
             position = self._index.get(id(tensor))
-            outs.append(self.add(tensor) if position is None else position)
-        if not outs:
-            return
-        self.recording.calls.append(
-            Call(
-                name=str(func),
-                args=tuple(_map(self._to_ref, a) for a in _in_schema_order(func, args, kwargs)),
-                outs=outs,
-                module=self.modules[-1] if self.modules else "",
-                source=_source_line(),
-            )
-        )
+            if position is None or shapes[position] != tuple(tensor.shape):  # new, or changed in place
+                position = self.add(tensor)
+                source = refs[0] if refs and isinstance(refs[0], Ref) else None
+                if source in self.recording.values and shapes[source] == shapes[position]:
+                    # A constant that is moved to the device of the activations keeps its value.
+                    self.recording.values.setdefault(position, self.recording.values[source])
+            outs.append(position)
+        if outs:
+            module = self.modules[-1] if self.modules else ""
+            self.recording.calls.append(Call(str(func), refs, outs, module, _source_line()))
 
     def _to_ref(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -297,10 +316,9 @@ def _output_tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
         items = list(value.values())
     elif isinstance(value, (list, tuple, set)):
         items = list(value)
-    elif hasattr(value, "__dict__"):
-        items = list(vars(value).values())
     else:
-        return []
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        items = [*getattr(value, "__dict__", {}).values(), *(getattr(value, n) for n in slots if hasattr(value, n))]
     return [t for item in items for t in _output_tensors(item, depth + 1)]
 
 

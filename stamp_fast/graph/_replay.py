@@ -73,7 +73,7 @@ def _difference(
             if b != derived[op, position]:
                 return f"argument {position} is {b} where {derived[op, position]} is predicted"
         elif position not in exempt:
-            problem = _value_difference(a, b, new, shapes)
+            problem = _value_difference(a, b, old, new, shapes)
             if problem:
                 return f"argument {position} {problem}"
     for a, b in zip(was.outs, now.outs, strict=True):
@@ -82,16 +82,19 @@ def _difference(
     return ""
 
 
-def _value_difference(a: Any, b: Any, new: Recording, shapes: list[tuple]) -> str:
+def _value_difference(a: Any, b: Any, old: Recording, new: Recording, shapes: list[tuple]) -> str:
     if isinstance(a, Ref):
         if not isinstance(b, Ref):
             return f"is {b} where a tensor is predicted"
         if tuple(shapes[a]) != new.shapes[b]:
             return f"has shape {new.shapes[b]} where {tuple(shapes[a])} is predicted"
+        was, now = old.values.get(a), new.values.get(b)
+        if was is not None and now is not None and len(was) == len(now) and was != now and was == was:
+            return f"is the constant {now} where {was} is predicted"
         return ""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         for x, y in zip(a, b, strict=True):
-            problem = _value_difference(x, y, new, shapes)
+            problem = _value_difference(x, y, old, new, shapes)
             if problem:
                 return problem
         return ""
@@ -128,10 +131,16 @@ def _partial_slices(
     """(call, (dim, start, length)) of every slice that takes less than the whole dim."""
     found = []
     for op, call in enumerate(recording.calls):
-        if base_name(call.name) not in ("slice", "narrow"):
+        name = base_name(call.name)
+        if name not in ("slice", "narrow", "select"):
             continue
         source, out = int(call.args[0]), call.outs[0]
         dim = call.args[1] % len(shapes[source])
+        if name == "select":
+            index = call.args[2]
+            size = recording.shapes[source][dim]
+            found.append((op, (dim, moved(source, dim, index + size if index < 0 else index), 1)))
+            continue
         start = call.args[2] or 0
         size = recording.shapes[source][dim]
         start = min(max(start + size if start < 0 else start, 0), size)

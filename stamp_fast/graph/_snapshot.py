@@ -58,3 +58,4 @@ def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
     tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data
+    torch.clear_autocast_cache()  # it holds casts of parameters by object

@@ -26,7 +26,7 @@ class SoftCost:
         classes, segments = [], []
         used = sorted({axis for _, _, dims in terms for axis in dims})
         place = {axis: i for i, axis in enumerate(used)}
-        fixed = torch.zeros(len(used) + 1)
+        fixed = torch.zeros(len(used) + 1, dtype=torch.float32)
         fixed[-1] = 1.0  # stands for "no further dim"
         for axis in used:
             # Of several layers the first stands for all: an estimate, used for a gradient only.
@@ -39,11 +39,13 @@ class SoftCost:
         self.dims = torch.tensor(
             [[*(place[a] for a in dims), *[len(used)] * (deepest - len(dims))] for _, _, dims in terms]
         )
-        self.constants = torch.tensor([float(constant) for _, constant, _ in terms], device=graph.device)
+        self.constants = torch.tensor(
+            [float(constant) for _, constant, _ in terms], dtype=torch.float32, device=graph.device
+        )
         self.fixed = fixed.to(graph.device)
         self.classes = torch.cat(classes).to(graph.device) if classes else torch.empty(0, dtype=torch.long)
         self.segments = torch.cat(segments).to(graph.device) if segments else self.classes
-        self.total = self._cost(torch.ones(graph.num_classes, device=graph.device)).item()
+        self.total = self._cost(torch.ones(graph.num_classes, dtype=torch.float32, device=graph.device)).item()
 
     def _cost(self, p: torch.Tensor) -> torch.Tensor:
         widths = self.fixed.index_add(0, self.segments, p[self.classes])

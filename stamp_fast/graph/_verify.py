@@ -26,7 +26,7 @@ def masked_output(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> Any:
     with _record.undisturbed(graph.model):
         graph.model.eval()
         with _Masked(graph, graph.checked(keep)):
-            return _record.call_model(graph.model, inputs)
+            return _record.call_model(graph.model, _record.fresh(inputs))
 
 
 def difference(a: Any, b: Any) -> float:

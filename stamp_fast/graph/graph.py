@@ -62,7 +62,7 @@ class ChannelGraph:
     """Made by `trace`. Per-class tensors have `num_classes` entries; `groups[i].classes` is a group's slice of them.
 
     Attributes:
-        groups: prunable groups first come first, in the order the network emits their channels.
+        groups: what can be pruned, in the order in which the network emits the channels.
         frozen: groups that no choice of channels can touch, each with its reason.
     """
 
@@ -197,7 +197,7 @@ class ChannelGraph:
 
     def class_channels(self) -> torch.Tensor:
         """float, [num_classes]: how many channels of its group's layer go with each class."""
-        widths = torch.empty(self.num_classes)
+        widths = torch.empty(self.num_classes, dtype=torch.float32)
         for group in self.groups:
             widths[group.classes] = group.channels / group.num_classes
         return widths
@@ -254,9 +254,11 @@ class ChannelGraph:
                     raise
                 self.keep_groups(fixed.groups, fixed.reason)
 
-    def forward(self, inputs: Any) -> Any:
-        """The model's output: a tuple of inputs is positional, a dict by keyword."""
-        return _record.call_model(self.model, inputs)
+    def output(self, inputs: Any) -> Any:
+        """The model's output in eval mode, without gradients or autocast; the model is left as found."""
+        with _record.undisturbed(self.model):
+            self.model.eval()
+            return _record.call_model(self.model, _record.fresh(inputs))
 
     # --- cutting ------------------------------------------------------------------------------------------------
     def plan(self, keep: torch.Tensor) -> _plan.Plan:

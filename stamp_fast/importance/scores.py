@@ -38,7 +38,7 @@ def magnitude(graph: ChannelGraph, p: int = 1) -> torch.Tensor:
     """
     if p not in (1, 2):
         raise ArgumentError(f"magnitude: p must be 1 or 2, got {p}")
-    totals = torch.zeros(graph.num_classes)
+    totals = torch.zeros(graph.num_classes, dtype=torch.float32)
     with torch.no_grad():
         for slot in graph.slots:
             if not slot.is_parameter or len(slot.axes) < 2 or all(axis is None for axis in slot.axes):
@@ -71,7 +71,7 @@ def bn_scale(graph: ChannelGraph) -> torch.Tensor:
     Raises:
         ModelError: a prunable group passes through no batch norm with a scale, so that it cannot be ranked.
     """
-    totals = torch.zeros(graph.num_classes)
+    totals = torch.zeros(graph.num_classes, dtype=torch.float32)
     covered = torch.zeros(graph.num_classes, dtype=torch.bool)
     for slot in graph.slots:
         module, key = slot.owners[0]
@@ -95,7 +95,7 @@ def random(graph: ChannelGraph, seed: int | None = None) -> torch.Tensor:
         generator.manual_seed(seed)
     else:
         generator.seed()
-    return torch.rand(graph.num_classes, generator=generator)
+    return torch.rand(graph.num_classes, generator=generator, dtype=torch.float32)
 
 
 def taylor(
@@ -118,17 +118,19 @@ def taylor(
     """
     read = graph.read_by_weights()
     emitters = [] if bool(read.all()) else _emitters(graph)
-    totals = torch.zeros(graph.num_classes)
+    totals = torch.zeros(graph.num_classes, dtype=torch.float32)
     plan = graph.plan(graph.all_kept())
     count = 0
     for batch in batches:
-        z = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
+        z = torch.ones(graph.num_classes, dtype=torch.float32, device=graph.device, requires_grad=True)
         with torch.enable_grad(), graph.masked(plan, z):
             loss = loss_fn(graph.model, batch)
             weights = [slot.tensor for slot, _ in emitters]
-        grads = torch.autograd.grad(loss, [z, *weights], allow_unused=True)
-        scores = torch.zeros(graph.num_classes) if grads[0] is None else grads[0].detach().float().cpu()
-        emitted = torch.zeros(graph.num_classes)
+            grads = torch.autograd.grad(loss, [z, *weights], allow_unused=True)
+        scores = (
+            torch.zeros(graph.num_classes, dtype=torch.float32) if grads[0] is None else grads[0].detach().float().cpu()
+        )
+        emitted = torch.zeros(graph.num_classes, dtype=torch.float32)
         for (slot, dim), weight, grad in zip(emitters, weights, grads[1:], strict=True):
             if grad is not None:
                 product = weight.detach() * grad

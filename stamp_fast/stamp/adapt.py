@@ -66,12 +66,12 @@ def adapt(
             if step:
                 live = _live_part(graph, gates, budget, step / steps, settings.floor)
             with torch.enable_grad():
-                with graph.masked(live, gates.sample(generator)):
-                    loss = loss_fn(graph.model, batch)
                 probability = gates.probability()
                 excess = sum(torch.relu(cost(probability) / ask - 1) for cost, ask in costs)
-                total = loss + settings.kl_scale / set_size * gates.kl() + settings.budget_scale * excess
-                total.backward()
+                regular = settings.kl_scale / set_size * gates.kl() + settings.budget_scale * excess
+                with graph.masked(live, gates.sample(generator)):
+                    # The backward too: activation checkpointing runs the forward again in it.
+                    (loss_fn(graph.model, batch) + regular).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -23,15 +23,15 @@ def reader_means(graph: ChannelGraph, inputs: Any) -> torch.Tensor:
         # On another device the forward may take another road; what was seen up to there is still right.
         graph.model.eval()
         with mode:
-            _record.call_model(graph.model, inputs)
+            _record.call_model(graph.model, _record.fresh(inputs))
     return mode.sums / mode.counts
 
 
 class _Means(Aligned):
     def __init__(self, graph: ChannelGraph) -> None:
         super().__init__(graph)
-        self.sums = torch.zeros(graph.num_classes)
-        self.counts = torch.zeros(graph.num_classes)
+        self.sums = torch.zeros(graph.num_classes, dtype=torch.float32)
+        self.counts = torch.zeros(graph.num_classes, dtype=torch.float32)
         self.readers = {read.op for read in graph._core.reads}
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict):
@@ -51,4 +51,4 @@ class _Means(Aligned):
                 live = classes >= 0
                 means = value.movedim(dim, 0).flatten(1).float().mean(1).cpu()
                 self.sums.index_add_(0, classes[live], means[live])
-                self.counts.index_add_(0, classes[live], torch.ones(int(live.sum())))
+                self.counts.index_add_(0, classes[live], torch.ones(int(live.sum()), dtype=torch.float32))
