@@ -77,5 +77,7 @@ def check_prunable(graph: ChannelGraph) -> None:
     """Raises ModelError where no group is left to prune, with the reasons."""
     if any(group.num_classes > 1 for group in graph.prunable):
         return
-    reasons = [f"'{g.name}': {g.reason or 'has one channel only'}" for g in graph.groups + graph.frozen]
+    reasons = [
+        f"'{g.name}': {g.reason or 'has one channel only'}" for g in graph.groups + graph.frozen + graph.unlisted()
+    ]
     raise ModelError("model: nothing to prune. " + ("; ".join(reasons[:8]) or "No layer with channels was found."))

@@ -158,11 +158,13 @@ def _report(
     graph: ChannelGraph, kept: torch.Tensor, method: str, budget: Budget, costs: Any, error: float | None, seconds: dict
 ) -> PruneReport:
     verdicts = []
-    for group in graph.groups + graph.frozen:
-        share = kept[group.classes].float().mean().item() if group.num_classes else 1.0
-        left = round(group.channels * share)
+    for group, layers in zip(graph.groups, graph.layers(), strict=True):
+        left = round(group.channels * kept[group.classes].float().mean().item())
         reason = group.reason or ("" if left < group.channels else "all its channels rank above the cut")
-        verdicts.append(GroupVerdict(group.name, group.channels, left, "kept" if reason else "pruned", reason))
+        verdict = "kept" if reason else "pruned"
+        verdicts.append(GroupVerdict(group.name, group.channels, left, verdict, reason, layers))
+    for group in graph.frozen + graph.unlisted():
+        verdicts.append(GroupVerdict(group.name, group.channels, group.channels, "kept", group.reason))
     notes = []
     if costs is None:
         notes.append("the train step was not measured: the model cannot be copied")

@@ -159,6 +159,7 @@ PYBIND11_MODULE(_graph, m) {
       .def("live_before", [](const ChannelGraph& graph, int32_t axis, int64_t end,
                              const Keep& keep) { return graph.live_before(axis, end, checked(graph, keep)); })
       .def("groups_of", &ChannelGraph::groups_of)
+      .def("freeze_event", &ChannelGraph::freeze_event)
       .def("is_slot_view", &ChannelGraph::is_slot_view);
 }
 

@@ -269,4 +269,11 @@ std::vector<int32_t> ChannelGraph::groups_of(int32_t tensor) const {
   return groups;
 }
 
+int32_t ChannelGraph::freeze_event(int32_t slot, int dim) const {
+  for (const Ids& layer : propagator_->labels().at(slot).at(dim).layers)
+    for (const int32_t id : *layer)
+      if (propagator_->classes().frozen(id)) return propagator_->classes().reason(id);
+  return -1;
+}
+
 }  // namespace stamp_fast

@@ -33,7 +33,7 @@ Propagator::Propagator(const Record& record) : record_(record) {
   labels_.resize(n);
   origins_.resize(n);
   use_count_.resize(n, 0);
-  events_.push_back({"constant", -1});
+  events_.push_back({"meets positions that are constant (padding, or a piece that cannot be cut)", -1});
   for (const Op& op : record.ops)
     for (const Value& arg : op.args) count_uses(arg, use_count_);
   for (const int32_t t : record.outputs) ++use_count_[t];

@@ -135,13 +135,40 @@ class ChannelGraph:
 
     def _group(self, group: Any, reason: str | None) -> Group:
         name = self.recording.slots[group.slot]
-        module = name.rpartition(".")[0] or name
+        module = _layer(name)
         classes = slice(group.first_class, group.first_class + group.num_classes)
         return Group(module, group.channels, classes, reason)
 
     def _reason(self, event: int) -> str:
         reason, op = self._core.events[event]
         return reason if op < 0 else f"{reason} ({self.recording.calls[op]})"
+
+    def layers(self) -> list[list[str]]:
+        """Per group, the layers with a weight of two dims or more that emit its channels."""
+        members: list[list[str]] = [[] for _ in self.groups]
+        starts = torch.tensor([group.classes.start for group in self.groups])
+        for i, slot in enumerate(self.slots):
+            for dim, axis in enumerate(slot.axes):
+                if not slot.is_parameter or len(slot.axes) < 2 or axis is None or dim == self.reader_dim(i):
+                    continue
+                found = torch.searchsorted(starts, axis[axis >= 0].unique(), right=True) - 1
+                for group in found.unique().tolist():
+                    name = _layer(slot.name)
+                    if name not in members[group]:
+                        members[group].append(name)
+        return members
+
+    def unlisted(self) -> list[Group]:
+        """Layers with a weight of two dims or more that belong to no group, prunable or frozen, with the reason."""
+        listed = {name for names in self.layers() for name in names} | {_layer(g.name + ".") for g in self.frozen}
+        rest: dict[str, Group] = {}
+        for i, slot in enumerate(self.slots):
+            name = _layer(slot.name)
+            if slot.is_parameter and len(slot.axes) > 1 and name not in listed and name not in rest:
+                event = self._core.freeze_event(i, 0)
+                reason = self._reason(event) if event >= 0 else "its channels are not the output of a layer"
+                rest[name] = Group(name, self.recording.shapes[i][0], slice(0, 0), reason)
+        return list(rest.values())
 
     def __repr__(self) -> str:
         return (
@@ -317,6 +344,15 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
                 if tensor is not None:
                     owners.setdefault(id(tensor), []).append((module, key))
     return owners
+
+
+def _layer(parameter: str) -> str:
+    """The layer that a parameter belongs to, be it parametrized or not."""
+    return (
+        parameter.partition(".parametrizations")[0]
+        if ".parametrizations" in parameter
+        else (parameter.rpartition(".")[0] or parameter)
+    )
 
 
 def _make_unique(groups: list[Group]) -> None:

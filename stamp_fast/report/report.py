@@ -19,6 +19,7 @@ class GroupVerdict:
         kept: how many it has.
         verdict: "pruned" or "kept".
         reason: why it was kept; "" where it was pruned.
+        layers: every layer whose output these channels are: they shrink together.
     """
 
     name: str
@@ -26,6 +27,7 @@ class GroupVerdict:
     kept: int
     verdict: str
     reason: str = ""
+    layers: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +101,15 @@ class PruneReport:
 
     def _group_table(self) -> Table:
         table = Table(title="channels")
-        for heading in ("layer", "before", "after", "verdict"):
-            table.add_column(heading, justify="right" if heading in ("before", "after") else "left", overflow="fold")
+        table.add_column("layer", no_wrap=True)
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        table.add_column("shrinks with it", overflow="fold", max_width=24)
+        table.add_column("verdict", overflow="fold")
         for group in self.groups:
             verdict = group.verdict + (f": {group.reason}" if group.reason else "")
-            table.add_row(group.name, str(group.channels), str(group.kept), verdict)
+            others = [layer for layer in group.layers if layer != group.name]
+            table.add_row(group.name, str(group.channels), str(group.kept), ", ".join(others), verdict)
         return table
 
 
