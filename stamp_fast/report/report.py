@@ -104,12 +104,12 @@ class PruneReport:
         table.add_column("layer", no_wrap=True)
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
-        table.add_column("shrinks with it", overflow="fold", max_width=24)
         table.add_column("verdict", overflow="fold")
         for group in self.groups:
-            verdict = group.verdict + (f": {group.reason}" if group.reason else "")
             others = [layer for layer in group.layers if layer != group.name]
-            table.add_row(group.name, str(group.channels), str(group.kept), ", ".join(others), verdict)
+            verdict = group.verdict + (f": {group.reason}" if group.reason else "")
+            verdict += f" (with {', '.join(others)})" if others else ""
+            table.add_row(group.name, str(group.channels), str(group.kept), verdict)
         return table
 
 
