@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget
+from .budget import Budget, check_round_to
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
 
@@ -29,8 +29,7 @@ def check_arguments(
         raise ArgumentError(f"method: must be one of {', '.join(methods)}, got {method!r}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ArgumentError(f"steps: must be a whole number of at least 1, got {steps!r}")
-    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
-        raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
+    check_round_to(round_to)
     if not isinstance(keep, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in keep):
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ._phases import in_mode
+
 
 def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
     """Replaces running means and variances by their average over `batches`; returns how many layers have them.
@@ -24,26 +26,22 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     ]
     if not norms:
         return 0
-    flags = [(module, module.training) for module in model.modules()]
     before = [
         (norm, norm.momentum, {k: b.clone() for k, b in norm._buffers.items() if b is not None}) for norm in norms
     ]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.training = True
-        with torch.no_grad():
+    with in_mode(model, training=False), torch.no_grad():
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.training = True
             for batch in batches:
                 forward(model, batch)
-    finally:
-        for norm, momentum, buffers in before:
-            norm.momentum = momentum
-            reached = bool(norm.num_batches_tracked > 0)
-            for name, buffer in buffers.items():
-                if not reached or name == "num_batches_tracked":
-                    norm._buffers[name].copy_(buffer)
-        for module, training in flags:
-            module.training = training
+        finally:
+            for norm, momentum, buffers in before:
+                norm.momentum = momentum
+                reached = bool(norm.num_batches_tracked > 0)
+                for name, buffer in buffers.items():
+                    if not reached or name == "num_batches_tracked":
+                        norm._buffers[name].copy_(buffer)
     return len(norms)

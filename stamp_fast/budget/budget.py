@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -155,11 +155,16 @@ class _Removals:
         return keep
 
 
+def check_round_to(round_to: Any) -> None:
+    """Raises ArgumentError unless it is None or a whole number of at least 1."""
+    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
+        raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
+
+
 def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int | None) -> torch.Tensor:
     if ranking not in ("global", "local"):
         raise ArgumentError(f"select: ranking must be 'global' or 'local', got {ranking!r}")
-    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
-        raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
+    check_round_to(round_to)
     scores = torch.as_tensor(scores).detach().double().cpu()
     if scores.shape != (graph.num_classes,):
         raise ArgumentError(f"scores: expected shape ({graph.num_classes},), got {tuple(scores.shape)}")

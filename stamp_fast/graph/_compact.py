@@ -32,6 +32,7 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
         puts.append(put)
 
     averages = _averages(graph, ema)
+    twins = _twin_modules(graph.model, ema)
     for i, slot in enumerate(graph.slots):
         if not plan.shrinks(i):
             continue
@@ -54,9 +55,8 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
         for put, tensor in zip(puts, new, strict=True):
             put(tensor)
         for module, name, value in plan.attributes:
-            setattr(module, name, value)
-            if ema is not None:
-                setattr(_twin_module(graph, ema, module), name, value)
+            for target in (module, *twins.get(module, ())):
+                setattr(target, name, value)
     except BaseException:
         snapshot.restore()
         raise
@@ -82,10 +82,14 @@ def _follows(value: Any, owner: torch.Tensor, what: str) -> bool:
     )
 
 
-def _twin_module(graph: ChannelGraph, ema: nn.Module, module: nn.Module) -> nn.Module:
-    name = next(name for name, candidate in graph.model.named_modules() if candidate is module)
-    modules = dict(ema.named_modules())
-    return modules.get(name) if name in modules else modules[f"module.{name}"]
+def _twin_modules(model: nn.Module, ema: nn.Module | None) -> dict[nn.Module, tuple[nn.Module, ...]]:
+    """For each module of the model the one of the same name in its average, if there is an average."""
+    named = dict(ema.named_modules()) if ema is not None else {}
+    twins = {
+        module: named.get(name) if name in named else named.get(f"module.{name}")
+        for name, module in model.named_modules()
+    }
+    return {module: (twin,) for module, twin in twins.items() if twin is not None}
 
 
 def _put_data(owner: torch.Tensor, data: torch.Tensor) -> None:

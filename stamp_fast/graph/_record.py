@@ -149,7 +149,6 @@ class _Recorder(TorchDispatchMode):
         self._index: dict[int, int] = {}
         self._twins: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []
-        self._real: set[int] = set()
         self._storages = {}
         for position, tensor in enumerate(tensors.values()):
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -366,22 +365,22 @@ def record(model: nn.Module, example: Any) -> Recording:
             recording.calls += attempt.calls
             recording.outputs += attempt.outputs
             recording.pinned += attempt.pinned
+            recording.values |= attempt.values
     return recording
 
 
 def _unused(recording: Recording) -> bool:
-    used: set[int] = set()
-    for call in recording.calls:
-        _map_refs(used, call.args)
+    used = {position for call in recording.calls for position in refs_in(call.args)}
     return any(slot not in used and recording.shapes[slot] for slot in range(len(recording.slots)))
 
 
-def _map_refs(used: set[int], value: Any) -> None:
+def refs_in(value: Any) -> list[int]:
+    """Indices of the tensors among recorded arguments."""
     if isinstance(value, Ref):
-        used.add(int(value))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _map_refs(used, item)
+        return [int(value)]
+    if isinstance(value, (list, tuple)):
+        return [position for item in value for position in refs_in(item)]
+    return []
 
 
 def _record_forward(
@@ -436,3 +435,11 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+def evaluate(model: nn.Module, inputs: Any, mode: contextlib.AbstractContextManager | None = None) -> Any:
+    """The model's output in eval mode, under a dispatch mode if given; model and inputs are left as found."""
+    with undisturbed(model):
+        model.eval()
+        with mode or contextlib.nullcontext():
+            return call_model(model, fresh(inputs))

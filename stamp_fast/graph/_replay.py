@@ -136,16 +136,11 @@ def _partial_slices(
             continue
         source, out = int(call.args[0]), call.outs[0]
         dim = call.args[1] % len(shapes[source])
-        if name == "select":
-            index = call.args[2]
-            size = recording.shapes[source][dim]
-            found.append((op, (dim, moved(source, dim, index + size if index < 0 else index), 1)))
-            continue
-        start = call.args[2] or 0
         size = recording.shapes[source][dim]
+        start = call.args[2] or 0
         start = min(max(start + size if start < 0 else start, 0), size)
-        length = shapes[out][dim]
-        if length != shapes[source][dim]:
+        length = 1 if name == "select" else shapes[out][dim]
+        if name == "select" or length != shapes[source][dim]:
             found.append((op, (dim, moved(source, dim, start), length)))
     return found
 
@@ -162,7 +157,7 @@ def _failure(graph: ChannelGraph, shapes: list[tuple], op: int, problem: str) ->
     # further back, then ahead.
     for back, ahead in ((0, 0), (1, 0), (2, 0), (4, 0), (4, 2), (16, 4), (len(calls), 0)):
         for call in calls[max(0, op - back) : op + 1 + ahead]:
-            for position in (*call.outs, *_refs(call.args)):
+            for position in (*call.outs, *_record.refs_in(call.args)):
                 groups.update(graph._core.groups_of(position))
         groups = {g for g in groups if graph.groups[g].reason is None and _is_cut(graph, g, shapes)}
         if groups:
@@ -180,11 +175,3 @@ def _failure(graph: ChannelGraph, shapes: list[tuple], op: int, problem: str) ->
 def _is_cut(graph: ChannelGraph, group: int, shapes: list[tuple]) -> bool:
     name = graph._core.groups[group]
     return shapes[name.slot][name.dim] < graph.recording.shapes[name.slot][name.dim]
-
-
-def _refs(value: Any) -> list[int]:
-    if isinstance(value, Ref):
-        return [int(value)]
-    if isinstance(value, (list, tuple)):
-        return [r for item in value for r in _refs(item)]
-    return []

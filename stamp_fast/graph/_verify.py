@@ -23,10 +23,7 @@ def masked_output(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> Any:
     Raises:
         TraceError: the forward runs other operators on real tensors than it did when traced.
     """
-    with _record.undisturbed(graph.model):
-        graph.model.eval()
-        with _Masked(graph, graph.checked(keep)):
-            return _record.call_model(graph.model, _record.fresh(inputs))
+    return _record.evaluate(graph.model, inputs, _Masked(graph, graph.checked(keep)))
 
 
 def difference(a: Any, b: Any) -> float:

@@ -120,7 +120,7 @@ class ChannelGraph:
     def output_parameters(self) -> list[nn.Parameter]:
         """Parameters of the layers whose channels are the model's output: its head."""
         names = {group.name for group in self.frozen if group.reason and group.reason.startswith("output of the model")}
-        return [s.tensor for s in self.slots if s.is_parameter and s.name.rpartition(".")[0] in names]
+        return [s.tensor for s in self.slots if s.is_parameter and _layer(s.name) in names]
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +160,7 @@ class ChannelGraph:
 
     def unlisted(self) -> list[Group]:
         """Layers with a weight of two dims or more that belong to no group, prunable or frozen, with the reason."""
-        listed = {name for names in self.layers() for name in names} | {_layer(g.name + ".") for g in self.frozen}
+        listed = {name for names in self.layers() for name in names} | {group.name for group in self.frozen}
         rest: dict[str, Group] = {}
         for i, slot in enumerate(self.slots):
             name = _layer(slot.name)
@@ -283,9 +283,7 @@ class ChannelGraph:
 
     def output(self, inputs: Any) -> Any:
         """The model's output in eval mode, without gradients or autocast; the model is left as found."""
-        with _record.undisturbed(self.model):
-            self.model.eval()
-            return _record.call_model(self.model, _record.fresh(inputs))
+        return _record.evaluate(self.model, inputs)
 
     # --- cutting ------------------------------------------------------------------------------------------------
     def plan(self, keep: torch.Tensor) -> _plan.Plan:
@@ -348,11 +346,8 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _layer(parameter: str) -> str:
     """The layer that a parameter belongs to, be it parametrized or not."""
-    return (
-        parameter.partition(".parametrizations")[0]
-        if ".parametrizations" in parameter
-        else (parameter.rpartition(".")[0] or parameter)
-    )
+    layer, parametrized, _ = parameter.partition(".parametrizations")
+    return layer if parametrized else parameter.rpartition(".")[0] or parameter
 
 
 def _make_unique(groups: list[Group]) -> None:

@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 def reader_means(graph: ChannelGraph, inputs: Any) -> torch.Tensor:
     """Per class, the mean activation that its readers see in one eval-mode forward; NaN where nothing reads it."""
     mode = _Means(graph)
-    with _record.undisturbed(graph.model), contextlib.suppress(TraceError):
+    with contextlib.suppress(TraceError):
         # On another device the forward may take another road; what was seen up to there is still right.
-        graph.model.eval()
-        with mode:
-            _record.call_model(graph.model, _record.fresh(inputs))
+        _record.evaluate(graph.model, inputs, mode)
     return mode.sums / mode.counts
 
 
