@@ -32,11 +32,13 @@ class TraceError(StampFastError, RuntimeError):
 
     Attributes:
         calls_done: how many operators ran before it failed.
+        modules: names of the modules whose forwards were running, the innermost first.
     """
 
-    def __init__(self, message: str, calls_done: int = 0) -> None:
+    def __init__(self, message: str, calls_done: int = 0, modules: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.calls_done = calls_done
+        self.modules = modules
 
 
 class BudgetError(StampFastError, ValueError):

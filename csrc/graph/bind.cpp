@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "channel_graph.h"
@@ -52,7 +53,8 @@ void check_tensor(const Value& value, size_t num_tensors) {
 
 std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& shapes, const py::list& ops,
                                     const std::vector<bool>& is_parameter, std::vector<int32_t> outputs,
-                                    std::vector<int32_t> pinned, int32_t num_costed_ops, const py::object& ref) {
+                                    std::vector<int32_t> pinned, int32_t num_costed_ops, const py::object& ref,
+                                    const std::vector<std::array<int32_t, 4>>& ties) {
   Record record;
   for (const auto& shape : shapes) record.tensors.push_back({shape});
   record.num_slots = static_cast<int32_t>(is_parameter.size());
@@ -60,6 +62,11 @@ std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& sha
   record.outputs = std::move(outputs);
   record.pinned = std::move(pinned);
   record.num_costed_ops = num_costed_ops;
+  for (const auto& [first, first_dim, second, second_dim] : ties) {
+    if (shapes.at(first).at(first_dim) != shapes.at(second).at(second_dim))
+      throw std::invalid_argument("channel graph: only dims of one size can be tied");
+    record.ties.push_back({first, first_dim, second, second_dim});
+  }
   for (const py::handle item : ops) {
     const auto call = py::reinterpret_borrow<py::tuple>(item);
     Op op;
@@ -115,7 +122,8 @@ PYBIND11_MODULE(_graph, m) {
       .def_readonly("axis", &ClassRead::axis);
   py::class_<ChannelGraph>(m, "ChannelGraph")
       .def(py::init(&build), py::arg("shapes"), py::arg("ops"), py::arg("is_parameter"), py::arg("outputs"),
-           py::arg("pinned"), py::arg("num_costed_ops"), py::arg("ref"))
+           py::arg("pinned"), py::arg("num_costed_ops"), py::arg("ref"),
+           py::arg("ties") = std::vector<std::array<int32_t, 4>>{})
       .def_property_readonly("num_classes", &ChannelGraph::num_classes)
       .def_property_readonly("groups", &ChannelGraph::groups)
       .def_property_readonly("frozen", &ChannelGraph::frozen)
@@ -158,7 +166,7 @@ PYBIND11_MODULE(_graph, m) {
            })
       .def("live_before", [](const ChannelGraph& graph, int32_t axis, int64_t end,
                              const Keep& keep) { return graph.live_before(axis, end, checked(graph, keep)); })
-      .def("groups_of", &ChannelGraph::groups_of)
+      .def("groups_of", &ChannelGraph::groups_of, py::arg("tensor"), py::arg("dim") = -1)
       .def("freeze_event", &ChannelGraph::freeze_event)
       .def("is_slot_view", &ChannelGraph::is_slot_view);
 }

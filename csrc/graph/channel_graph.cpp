@@ -1,6 +1,7 @@
 #include "channel_graph.h"
 
 #include <algorithm>
+#include <set>
 #include <unordered_map>
 #include <utility>
 
@@ -256,17 +257,16 @@ std::vector<std::vector<int64_t>> ChannelGraph::shapes(const uint8_t* keep) cons
   return result;
 }
 
-std::vector<int32_t> ChannelGraph::groups_of(int32_t tensor) const {
-  std::map<int32_t, bool> found;
-  for (const int32_t axis : tensor_axes_[tensor]) {
-    if (axis < 0) continue;
+std::vector<int32_t> ChannelGraph::groups_of(int32_t tensor, int dim) const {
+  std::set<int32_t> found;
+  for (int d = 0; d < static_cast<int>(tensor_axes_[tensor].size()); ++d) {
+    const int32_t axis = tensor_axes_[tensor][d];
+    if (axis < 0 || (dim >= 0 && d != dim)) continue;
     for (const auto& layer : axes_[axis].layers)
       for (const int32_t c : layer)
-        if (c >= 0) found[group_of_class_[c]] = true;
+        if (c >= 0) found.insert(group_of_class_[c]);
   }
-  std::vector<int32_t> groups;
-  for (const auto& [group, unused] : found) groups.push_back(group);
-  return groups;
+  return {found.begin(), found.end()};
 }
 
 int32_t ChannelGraph::freeze_event(int32_t slot, int dim) const {

@@ -76,7 +76,8 @@ class ChannelGraph {
   int64_t cost(const std::vector<CostTerm>& terms, const uint8_t* keep) const;
   // The shape of every tensor once the other classes are gone.
   std::vector<std::vector<int64_t>> shapes(const uint8_t* keep) const;
-  std::vector<int32_t> groups_of(int32_t tensor) const;
+  // Groups that label a tensor, or one dim of it.
+  std::vector<int32_t> groups_of(int32_t tensor, int dim = -1) const;
   // The event that froze the first frozen position along a slot's dim; -1 where none is.
   int32_t freeze_event(int32_t slot, int dim) const;
   bool is_slot_view(int32_t tensor) const { return propagator_->is_slot_view(tensor); }

@@ -85,6 +85,14 @@ void Propagator::pass() {
   }
   current_ = -1;
   for (const int32_t t : record_.outputs) freeze_all(t, "output of the model");
+  for (const Tie& tie : record_.ties) {
+    const Axis a = axis(tie.first, tie.first_dim);
+    const Axis b = axis(tie.second, tie.second_dim);
+    if (a.rigid() != b.rigid())
+      freeze(a.rigid() ? b : a, "has to be as wide as a dimension whose size cannot change");
+    else
+      join(a, b);
+  }
 }
 
 // Attention contracts two activations over the head width. Where a reshape made that axis, the heads must survive,

@@ -30,6 +30,14 @@ struct Op {
   std::vector<int32_t> outs;
 };
 
+// Two dims of one size that the forward takes to be equal: their positions live or die together.
+struct Tie {
+  int32_t first = 0;
+  int32_t first_dim = 0;
+  int32_t second = 0;
+  int32_t second_dim = 0;
+};
+
 struct Record {
   std::vector<TensorInfo> tensors;
   std::vector<Op> ops;
@@ -38,6 +46,7 @@ struct Record {
   std::vector<int32_t> outputs;
   int32_t num_costed_ops = 0;   // operators [0, n) are one forward; the cost counts those alone
   std::vector<int32_t> pinned;  // slots that something outside the trace aliases
+  std::vector<Tie> ties;
 };
 
 }  // namespace stamp_fast

@@ -181,6 +181,28 @@ def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, A
         for attribute, value in widths.items():
             if getattr(module, attribute) != value:
                 changes.append((module, attribute, value))
+    return changes + _bound(graph, plan)
+
+
+def _bound(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:
+    """Attributes of the model's own classes that were found to hold a width."""
+    shapes = graph._core.shapes(graph._bytes(plan.keep)) if graph.bindings else []
+    values: dict[tuple[str, str], Any] = {}
+    for binding in graph.bindings:
+        where = binding.module, binding.attribute
+        width = binding.times * shapes[binding.tensor][binding.dim]
+        if binding.item is None:
+            values[where] = width
+        else:
+            items = values.setdefault(where, list(getattr(graph.model.get_submodule(binding.module), where[1])))
+            items[binding.item] = width
+    changes = []
+    for (name, attribute), value in values.items():
+        module = graph.model.get_submodule(name)
+        old = getattr(module, attribute)
+        value = type(old)(value) if isinstance(old, tuple) else value
+        if old != value:
+            changes.append((module, attribute, value))
     return changes
 
 
@@ -190,6 +212,23 @@ def _width_of_input(graph: ChannelGraph, plan: Plan, name: str) -> dict[str, int
         if call.module == name and isinstance(call.args[0], Ref):
             return {"num_features": graph._core.shapes(graph._bytes(plan.keep))[call.args[0]][1]}
     return {}
+
+
+_KNOWN = {
+    _ConvNd: ("in_channels", "out_channels", "groups"),
+    nn.Linear: ("in_features", "out_features"),
+    _NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels", "num_groups"),
+    nn.LayerNorm: ("normalized_shape",),
+    nn.RNNBase: ("input_size", "hidden_size"),
+    nn.PReLU: ("num_parameters",),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+}
+
+
+def known_widths(module: nn.Module) -> set[str]:
+    """Attributes of torch's own layers that follow from their parameters (`_widths`)."""
+    return {name for kind, names in _KNOWN.items() if isinstance(module, kind) for name in names}
 
 
 def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], new_shape: dict) -> dict[str, Any]:

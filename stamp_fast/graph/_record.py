@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any
 
@@ -55,6 +55,10 @@ class Recording:
     pinned: list[int]
     values: dict[int, tuple] = dataclasses.field(default_factory=dict)  # of small constant tensors
     costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
+
+
+# Called after every operator with the recording so far, the call and the stack of running modules; may raise.
+Watch = Callable[[Recording, Call, list[str]], None]
 
 
 def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -142,9 +146,10 @@ def _restore_container(value: Any, saved: Any) -> None:
 class _Recorder(TorchDispatchMode):
     """Sends every operator to meta tensors and writes it down."""
 
-    def __init__(self, recording: Recording, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, recording: Recording, tensors: dict[str, torch.Tensor], watch: Watch | None) -> None:
         super().__init__()
         self.recording = recording
+        self.watch = watch
         self.modules: list[str] = []
         self._index: dict[int, int] = {}
         self._twins: dict[int, torch.Tensor] = {}
@@ -234,7 +239,10 @@ class _Recorder(TorchDispatchMode):
             outs.append(position)
         if outs:
             module = self.modules[-1] if self.modules else ""
-            self.recording.calls.append(Call(str(func), refs, outs, module, _source_line()))
+            call = Call(str(func), refs, outs, module, _source_line())
+            self.recording.calls.append(call)
+            if self.watch is not None:
+                self.watch(self.recording, call, self.modules)
 
     def _to_ref(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -343,24 +351,25 @@ def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def record(model: nn.Module, example: Any) -> Recording:
+def record(model: nn.Module, example: Any, watch: Watch | None = None) -> Recording:
     """Records one eval-mode forward, and a train-mode one where parameters are used in training only.
 
     Args:
         model: any module; its parameters may be on any one device, or on meta.
         example: input tensor, or a tuple (positional) or dict (keyword) of inputs, first dim = batch.
+        watch: called after every operator.
 
     Raises:
         TraceError: the forward failed, or returned no tensor.
     """
     tensors = slot_tensors(model)
     recording = Recording(list(tensors), [tuple(t.shape) for t in tensors.values()], [], [], [])
-    _record_forward(model, tensors, example, recording, training=False)
+    _record_forward(model, tensors, example, recording, watch, training=False)
     recording.costed = len(recording.calls)
     if _unused(recording):
         attempt = Recording(recording.slots, list(recording.shapes), [], [], [])
         with contextlib.suppress(TraceError):
-            _record_forward(model, tensors, example, attempt, training=True)
+            _record_forward(model, tensors, example, attempt, watch, training=True)
             recording.shapes = attempt.shapes
             recording.calls += attempt.calls
             recording.outputs += attempt.outputs
@@ -384,13 +393,18 @@ def refs_in(value: Any) -> list[int]:
 
 
 def _record_forward(
-    model: nn.Module, tensors: dict[str, torch.Tensor], example: Any, recording: Recording, training: bool
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    example: Any,
+    recording: Recording,
+    watch: Watch | None,
+    training: bool,
 ) -> None:
     inputs = batch_of_two(example)
     with undisturbed(model):
         for module in model.modules():
             module.training = training
-        recorder = _Recorder(recording, tensors)
+        recorder = _Recorder(recording, tensors, watch)
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 # It keeps its parameters in a list too, and checks their device against the input's.
@@ -404,12 +418,14 @@ def _record_forward(
                 with recorder:
                     output = call_model(model, inputs)
             except Exception as error:
-                where = _innermost_module(model, error)
+                running = _running_modules(model, error)
+                where = f" in module '{running[0]}'" if running and running[0] else ""
                 done = f" after {recording.calls[-1]}" if recording.calls else ""
                 raise TraceError(
                     f"trace: the forward failed on meta tensors{where}{done}: {type(error).__name__}: {error}. "
                     "Check that `example` is what the model takes; forwards that look at values cannot be traced.",
                     len(recording.calls),
+                    running,
                 ) from error
         found = [recorder.index_of(t) for t in _output_tensors(output)]
     indices = [position for position in found if position is not None]
@@ -418,14 +434,17 @@ def _record_forward(
     recording.outputs += indices
 
 
-def _innermost_module(model: nn.Module, error: BaseException) -> str:
+def _running_modules(model: nn.Module, error: BaseException) -> tuple[str, ...]:
+    """Names of the modules whose methods the error passed through, the innermost first."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = ""
+    found: list[str] = []
     traceback = error.__traceback__
     while traceback is not None:
-        found = names.get(id(traceback.tb_frame.f_locals.get("self")), "") or found
+        name = names.get(id(traceback.tb_frame.f_locals.get("self")))
+        if name is not None and name not in found:
+            found.append(name)
         traceback = traceback.tb_next
-    return f" in module '{found}'" if found else ""
+    return tuple(reversed(found))
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,31 +36,116 @@ _SIZE_ARGUMENTS = {
 }
 
 
-def check(graph: ChannelGraph, plan: _plan.Plan) -> None:
-    """Raises CompactionError at the first operator that differs from the prediction. Changes nothing."""
-    shapes = graph._core.shapes(graph._bytes(plan.keep))
-    derived = {(op, arg): value for op, arg, value in graph._core.scalar_args(graph._bytes(plan.keep))}
+@dataclasses.dataclass
+class Mismatch:
+    """The first operator of a smaller network that is not what the labels predict.
+
+    Attributes:
+        op: index of the recorded call.
+        progress: grows along the forward; tells which of two mismatches comes later.
+        problem: what is different.
+        modules: names of the modules whose forwards were running, the innermost first.
+    """
+
+    op: int
+    progress: tuple[int, int]
+    problem: str
+    modules: tuple[str, ...]
+
+
+class _Stop(BaseException):
+    # Not an Exception: forwards may catch those.
+    def __init__(self, why: Mismatch | Exception) -> None:
+        self.why = why
+
+
+def compare(graph: ChannelGraph, plan: _plan.Plan) -> Mismatch | None:
+    """Replays the network that the plan makes, up to the first mismatch. Changes nothing."""
     small = {}
     for i, slot in enumerate(graph.slots):
         if plan.shrinks(i):
             tensor = torch.empty(plan.shape(i), dtype=slot.tensor.dtype, device="meta")
             small[i] = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else tensor
-    old = graph.recording
+    comparison = _Comparison(graph, plan)
     try:
         with _plan.swapped(plan, small):
-            new = _record.record(graph.model, graph.example)
+            _record.record(graph.model, graph.example, comparison.watch)
+    except _Stop as stop:
+        if isinstance(stop.why, Exception):
+            raise stop.why from None
+        return stop.why
     except TraceError as error:
-        raise _failure(graph, shapes, _first_failed(graph, error), str(error.__cause__ or error)) from error
-    cuts = _Slices(graph, plan, new, shapes)
-    old_ops = [(i, call) for i, call in enumerate(old.calls) if base_name(call.name) not in VIEWS]
-    new_ops = [(j, call) for j, call in enumerate(new.calls) if base_name(call.name) not in VIEWS]
-    for (i, was), (j, now) in zip(old_ops, new_ops, strict=False):
-        problem = _difference(i, was, now, old, new, shapes, derived) or cuts.difference(i, j)
+        return comparison.raised(error)
+    return comparison.ended()
+
+
+def check(graph: ChannelGraph, plan: _plan.Plan) -> None:
+    """Raises CompactionError at the first operator that differs from the prediction. Changes nothing."""
+    found = compare(graph, plan)
+    if found is not None:
+        raise _failure(graph, plan, found)
+
+
+class _Comparison:
+    """Follows a replay operator by operator, in step with the recording of the dense network."""
+
+    def __init__(self, graph: ChannelGraph, plan: _plan.Plan) -> None:
+        keep = graph._bytes(plan.keep)
+        self.old = graph.recording
+        self.shapes = graph._core.shapes(keep)
+        self.derived = {(op, arg): value for op, arg, value in graph._core.scalar_args(keep)}
+        self.expected = [i for i, call in enumerate(self.old.calls) if base_name(call.name) not in VIEWS]
+        self.slices = dict(_partial_slices(self.old, self.shapes, lambda *where: _moved(graph, keep, *where)))
+        self.done = 0  # operators that are no views
+        self.views = 0  # since the last of those
+        self.new_slices: list[tuple[int, int, int]] = []
+
+    def _at(self) -> int:
+        return self.expected[min(self.done, len(self.expected) - 1)] if self.expected else 0
+
+    def _mismatch(self, problem: str, modules: tuple[str, ...], op: int | None = None) -> Mismatch:
+        op = self._at() if op is None else op
+        return Mismatch(op, (self.done, self.views), problem, modules)
+
+    def watch(self, new: Recording, call: Call, running: list[str]) -> None:
+        if base_name(call.name) in VIEWS:
+            self.views += 1
+            self.new_slices += [where for _, where in _partial_slices(new, new.shapes, _unmoved, [call])]
+            return
+        if self.done == len(self.expected):
+            problem = f"is followed by {call.name}, which the dense network does not run"
+            raise _Stop(self._mismatch(problem, tuple(reversed(running))))
+        at = self._at()
+        try:
+            problem = _difference(at, self.old.calls[at], call, self.old, new, self.shapes, self.derived)
+        except Exception as error:  # ours: not to be taken for one of the forward's
+            raise _Stop(error) from error
+        problem = problem or self._slices_difference(at)
         if problem:
-            raise _failure(graph, shapes, i, problem)
-    if len(old_ops) != len(new_ops):
-        last = old_ops[min(len(old_ops), len(new_ops)) - 1][0]
-        raise _failure(graph, shapes, last, f"runs {len(new_ops)} operators instead of {len(old_ops)}")
+            raise _Stop(self._mismatch(problem, tuple(reversed(running)), at))
+        self.done += 1
+        self.views = 0
+
+    def _slices_difference(self, at: int) -> str:
+        """Compares where slices start since the last operator. Their lengths show in shapes, their offsets nowhere."""
+        first = self.expected[self.done - 1] if self.done else -1
+        was = [self.slices[op] for op in range(first + 1, at) if op in self.slices]
+        now, self.new_slices = self.new_slices, []
+        if was == now:
+            return ""
+        return f"is fed by slices (dim, start, length) {now} where {was} are predicted"
+
+    def raised(self, error: TraceError) -> Mismatch:
+        """The forward failed before an operator: that is the one after the last that ran."""
+        op = self.expected[self.done - 1] + 1 + self.views if self.done else self.views
+        return self._mismatch(
+            str(error.__cause__ or error), error.modules, min(op, self._at(), len(self.old.calls) - 1)
+        )
+
+    def ended(self) -> Mismatch | None:
+        if self.done == len(self.expected):
+            return None
+        return self._mismatch(f"is not run: {self.done} operators instead of {len(self.expected)}", ())
 
 
 def _difference(
@@ -101,36 +187,24 @@ def _value_difference(a: Any, b: Any, old: Recording, new: Recording, shapes: li
     return "" if a == b or (a != a and b != b) else f"is {b} where {a} is predicted"
 
 
-class _Slices:
-    """Where slices start, predicted and replayed. Their lengths show in shapes, their offsets nowhere else."""
+def _unmoved(tensor: int, dim: int, position: int) -> int:
+    return position
 
-    def __init__(self, graph: ChannelGraph, plan: _plan.Plan, new: Recording, shapes: list[tuple]) -> None:
-        keep = graph._bytes(plan.keep)
 
-        def moved(tensor: int, dim: int, position: int) -> int:
-            axis = graph._core.axis_of(tensor, dim)
-            return position if axis < 0 else graph._core.live_before(axis, position, keep)
-
-        self._old = _partial_slices(graph.recording, shapes, moved)
-        self._new = _partial_slices(new, new.shapes, lambda tensor, dim, position: position)
-        self._done = [0, 0]
-
-    def difference(self, old_op: int, new_op: int) -> str:
-        """Compares the slices since the last call, up to these operators."""
-        was = [what for op, what in self._old if self._done[0] <= op < old_op]
-        now = [what for op, what in self._new if self._done[1] <= op < new_op]
-        self._done = [old_op, new_op]
-        if was == now:
-            return ""
-        return f"is fed by slices (dim, start, length) {now} where {was} are predicted"
+def _moved(graph: ChannelGraph, keep: Any, tensor: int, dim: int, position: int) -> int:
+    axis = graph._core.axis_of(tensor, dim)
+    return position if axis < 0 else graph._core.live_before(axis, position, keep)
 
 
 def _partial_slices(
-    recording: Recording, shapes: list[tuple], moved: Callable[[int, int, int], int]
+    recording: Recording,
+    shapes: list[tuple],
+    moved: Callable[[int, int, int], int],
+    calls: list[Call] | None = None,
 ) -> list[tuple[int, tuple[int, int, int]]]:
     """(call, (dim, start, length)) of every slice that takes less than the whole dim."""
     found = []
-    for op, call in enumerate(recording.calls):
+    for op, call in enumerate(recording.calls if calls is None else calls):
         name = base_name(call.name)
         if name not in ("slice", "narrow", "select"):
             continue
@@ -145,33 +219,22 @@ def _partial_slices(
     return found
 
 
-def _first_failed(graph: ChannelGraph, error: TraceError) -> int:
-    """The forward raised before an operator: the one after the last that ran."""
-    return min(error.calls_done, len(graph.recording.calls) - 1)
-
-
-def _failure(graph: ChannelGraph, shapes: list[tuple], op: int, problem: str) -> CompactionError:
+def _failure(graph: ChannelGraph, plan: _plan.Plan, found: Mismatch) -> CompactionError:
     calls = graph.recording.calls
     groups: set[int] = set()
     # A size may come from an operator before, and Python code that checks sizes stops before its operator: look ever
     # further back, then ahead.
     for back, ahead in ((0, 0), (1, 0), (2, 0), (4, 0), (4, 2), (16, 4), (len(calls), 0)):
-        for call in calls[max(0, op - back) : op + 1 + ahead]:
-            for position in (*call.outs, *_record.refs_in(call.args)):
-                groups.update(graph._core.groups_of(position))
-        groups = {g for g in groups if graph.groups[g].reason is None and _is_cut(graph, g, shapes)}
+        for call in calls[max(0, found.op - back) : found.op + 1 + ahead]:
+            groups.update(graph.cut_groups_at(call, plan.keep))
         if groups:
             break
-    reason = f"its size is fixed in the forward: {calls[op]} {problem}"
     names = ", ".join(graph.groups[g].name for g in sorted(groups)) or "unknown"
+    call = calls[found.op] if calls else "forward"
     return CompactionError(
-        f"compact: the smaller network does not run as predicted: {calls[op]} {problem}. Groups involved: {names}. "
-        "The model is unchanged; keep those groups (`graph.protect`) and select again.",
+        f"compact: the smaller network does not run as predicted: {call} {found.problem}. Groups involved: {names}. "
+        "The model is unchanged; let `graph.settle()` mend it before you select, or keep those groups with "
+        "`graph.protect`.",
         tuple(sorted(groups)),
-        reason,
+        f"its size is fixed in the forward: {call} {found.problem}",
     )
-
-
-def _is_cut(graph: ChannelGraph, group: int, shapes: list[tuple]) -> bool:
-    name = graph._core.groups[group]
-    return shapes[name.slot][name.dim] < graph.recording.shapes[name.slot][name.dim]

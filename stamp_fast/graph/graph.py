@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .._load import graph_core
-from ..errors import ArgumentError, CompactionError, ModelError
-from . import _compact, _plan, _record, _replay
+from ..errors import ArgumentError, ModelError
+from . import _compact, _plan, _record, _replay, _settle
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -70,24 +70,36 @@ class ChannelGraph:
         self.model = model
         self.recording = recording
         self.example = example
-        names = recording.slots
+        self.bindings: list[_settle.Binding] = []
+        self.ties: list[_settle.Tie] = []
+        self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
         parameters = {id(p) for p in model.parameters()}
-        tensors = list(_record.slot_tensors(model).values())
-        is_parameter = [id(t) in parameters for t in tensors]
+        self._slot_tensors = list(_record.slot_tensors(model).values())
+        self._is_parameter = [id(t) in parameters for t in self._slot_tensors]
+        self._owners = _owners(model)
+        self._calls = [(c.name, c.args, c.outs) for c in recording.calls]
+        self.rebuild([])
+
+    def rebuild(self, ties: list[_settle.Tie]) -> None:
+        """Groups channels anew, with dims tied that have to stay equally wide. Kept groups stay kept."""
+        self.ties = list(ties)
+        recording = self.recording
         self._core = graph_core().ChannelGraph(
             recording.shapes,
-            [(c.name, c.args, c.outs) for c in recording.calls],
-            is_parameter,
+            self._calls,
+            self._is_parameter,
             recording.outputs,
             sorted(set(recording.pinned)),
             recording.costed,
             _record.Ref,
+            [(*tie.first, *tie.second) for tie in ties],
         )
-        owners = _owners(model)
         self._shared_axes: dict[bytes, torch.Tensor] = {}
         self.slots = [
-            Slot(name, is_parameter[i], [self._slot_axis(i, d) for d in range(t.dim())], owners[id(t)])
-            for i, (name, t) in enumerate(zip(names, tensors, strict=True))
+            Slot(name, is_parameter, [self._slot_axis(i, d) for d in range(t.dim())], self._owners[id(t)])
+            for i, (name, t, is_parameter) in enumerate(
+                zip(recording.slots, self._slot_tensors, self._is_parameter, strict=True)
+            )
         ]
         self.num_classes: int = self._core.num_classes
         self.groups = [self._group(g, None) for g in self._core.groups]
@@ -98,6 +110,9 @@ class ChannelGraph:
         for read in self._core.reads:
             if read.slot >= 0:
                 self._reader_dims.setdefault(read.slot, set()).add(read.slot_dim)
+        for slot, dim, positions, reason in self._kept:
+            axis = self.slots[slot].axes[dim]
+            self._protect_classes(None if axis is None else axis[positions], reason)
 
     def reader_dim(self, slot: int) -> int | None:
         """The dim by which a parameter reads channels; None if it reads none, or is used both ways round."""
@@ -195,9 +210,10 @@ class ChannelGraph:
         for name in names:
             if name not in known or not name:
                 raise ArgumentError(f"keep: the model has no module or parameter named '{name}'")
-            for slot in self.slots:
+            for i, slot in enumerate(self.slots):
                 if slot.name == name or slot.name.startswith(name + "."):
-                    for axis in slot.axes:
+                    for dim, axis in enumerate(slot.axes):
+                        self._kept.append((i, dim, slice(None), reason))
                         self._protect_classes(axis, reason)
 
     def _protect_classes(self, axis: torch.Tensor | None, reason: str) -> None:
@@ -257,29 +273,27 @@ class ChannelGraph:
     def keep_groups(self, indices: Iterable[int], reason: str) -> None:
         """Marks groups as not prunable."""
         for index in indices:
-            self.groups[index].reason = reason
+            group, made = self.groups[index], self._core.groups[index]
+            axis = self.slots[made.slot].axes[made.dim]
+            inside = (axis >= group.classes.start) & (axis < group.classes.stop)
+            self._kept.append((made.slot, made.dim, inside.nonzero().flatten(), reason))
+            group.reason = reason
+
+    def cut_groups_at(self, call: _record.Call, keep: torch.Tensor) -> list[int]:
+        """Indices of the groups that lose channels and label a tensor of the call."""
+        found = {g for t in (*call.outs, *_record.refs_in(call.args)) for g in self._core.groups_of(t)}
+        return [g for g in sorted(found) if not bool(keep[self.groups[g].classes].all())]
 
     def settle(self) -> None:
-        """Keeps every group whose size the forward has fixed (a literal, an attribute), found by replaying a probe.
+        """Mends what a smaller network would trip over: sizes that the forward holds in attributes or literals.
+
+        Attributes are bound to the width they follow, groups that must stay equally wide are tied, and what cannot be
+        mended is kept. Groups and classes are numbered anew, so do it before `select`.
 
         Raises:
-            CompactionError: a probe fails for no group that could be kept.
+            CompactionError: the forward does not even repeat itself.
         """
-        generator = torch.Generator().manual_seed(0)
-        while any(group.num_classes > 1 for group in self.prunable):
-            keep = self.all_kept()
-            for group in self.prunable:
-                # Another fraction for every group: equal ones would hide a size that is taken from the wrong group.
-                order = torch.randperm(group.num_classes, generator=generator)
-                fraction = 0.3 + 0.5 * torch.rand((), generator=generator).item()
-                keep[group.classes.start + order[max(1, int(group.num_classes * fraction)) :]] = False
-            try:
-                self.check(keep)
-                return
-            except CompactionError as fixed:
-                if not fixed.groups:
-                    raise
-                self.keep_groups(fixed.groups, fixed.reason)
+        _settle.settle(self)
 
     def output(self, inputs: Any) -> Any:
         """The model's output in eval mode, without gradients or autocast; the model is left as found."""

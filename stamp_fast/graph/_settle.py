@@ -1,0 +1,289 @@
+"""Mends what a smaller network trips over, so that a working one always comes out (DESIGN 3.4).
+
+A random cut is replayed on meta tensors. At a mismatch, in this order: a module attribute that holds a size is bound
+to the width it comes from; two dims that the forward takes for equally wide are tied; the group at fault is kept,
+found by bisection. A mend is accepted only if the replay gets further with it, and is then tried on the other modules
+of the same class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..errors import CompactionError
+from . import _plan, _record, _replay
+from ._replay import Mismatch
+
+if TYPE_CHECKING:
+    from .graph import ChannelGraph
+
+_REACH = 40  # calls before and after the mismatch whose sizes are candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """An int attribute of a module, or one item of a list attribute, that holds the width of a recorded tensor's dim.
+
+    Attributes:
+        times: the attribute is that many times the width of the dim.
+    """
+
+    module: str
+    attribute: str
+    item: int | None
+    tensor: int
+    dim: int
+    times: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """Two dims of recorded tensors whose positions live or die together, because the forward wants equal counts."""
+
+    first: tuple[int, int]
+    second: tuple[int, int]
+
+
+def settle(graph: ChannelGraph) -> None:
+    """See `ChannelGraph.settle`."""
+    while True:
+        keep = _probe(graph)
+        found = _replay.compare(graph, graph.plan(keep))
+        if found is None:
+            return
+        if not (_bind(graph, keep, found) or _tie(graph, keep, found)):
+            _keep_culprit(graph, keep, found)
+
+
+def _probe(graph: ChannelGraph) -> torch.Tensor:
+    """Another random fraction of every group: equal ones would hide a size that is taken from the wrong group."""
+    generator = torch.Generator().manual_seed(0)
+    keep = graph.all_kept()
+    for group in graph.groups:
+        order = torch.randperm(group.num_classes, generator=generator)
+        fraction = 0.3 + 0.5 * torch.rand((), generator=generator).item()
+        if group.reason is None:
+            keep[group.classes.start + order[max(1, int(group.num_classes * fraction)) :]] = False
+    return keep
+
+
+def _reach(graph: ChannelGraph, keep: torch.Tensor) -> tuple[float, float]:
+    found = _replay.compare(graph, graph.plan(keep))
+    return (math.inf, math.inf) if found is None else found.progress
+
+
+# --- attributes that hold a size --------------------------------------------------------------------------------------
+def _bind(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
+    before = graph.bindings
+    for candidate in _bindings(graph, keep, found):
+        graph.bindings = before + candidate
+        reached = _reach(graph, keep)
+        if reached > found.progress:
+            graph.bindings = before + _everywhere(graph, candidate)
+            if _reach(graph, keep) < reached:
+                graph.bindings = before + candidate
+            return True
+    graph.bindings = before
+    return False
+
+
+def _bindings(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[list[Binding]]:
+    bound = {(b.module, b.attribute, b.item) for b in graph.bindings}
+    sizes = list(_changed_sizes(graph, keep, found))
+    for times in (1, 2, 3, 4):
+        for name in found.modules:
+            for attribute, value in _int_attributes(graph.model.get_submodule(name)):
+                if isinstance(value, int):
+                    for tensor, dim, size in sizes:
+                        if value == times * size and (name, attribute, None) not in bound:
+                            yield [Binding(name, attribute, None, tensor, dim, times)]
+                elif times == 1 and (name, attribute, 0) not in bound:
+                    for call in _calls_near(graph, found):
+                        pieces = _pieces(graph, call, name, attribute, value)
+                        if pieces:
+                            yield pieces
+                    for tensor, dim, size in sizes:
+                        if size in value:
+                            yield [Binding(name, attribute, value.index(size), tensor, dim)]
+
+
+def _pieces(graph: ChannelGraph, call: _record.Call, name: str, attribute: str, value: list | tuple) -> list[Binding]:
+    """Where a list attribute holds the sizes of all pieces that the call makes: one binding for each."""
+    shapes = [graph.recording.shapes[t] for t in call.outs]
+    for dim in range(min(map(len, shapes)) if len(shapes) == len(value) > 1 else 0):
+        if [shape[dim] for shape in shapes] == list(value):
+            return [Binding(name, attribute, i, t, dim) for i, t in enumerate(call.outs)]
+    return []
+
+
+def _int_attributes(module: nn.Module) -> Iterator[tuple[str, int | list | tuple]]:
+    known = _plan.known_widths(module)
+    for attribute, value in vars(module).items():
+        if attribute.startswith("_") or attribute in known or isinstance(value, bool):
+            continue
+        is_list = type(value) in (list, tuple) and value and all(type(v) is int for v in value)
+        if isinstance(value, int) or is_list:
+            yield attribute, value
+
+
+def _everywhere(graph: ChannelGraph, bindings: list[Binding]) -> list[Binding]:
+    """The same bindings on every module of the same class, where its attribute has the value."""
+    first = bindings[0]
+    place = first.tensor, first.dim
+    result = list(bindings)
+    for name, call, (tensor, dim) in _analogues(graph, first.module, place):
+        value = getattr(graph.model.get_submodule(name), first.attribute, None)
+        if len(bindings) > 1:
+            if isinstance(value, (list, tuple)):
+                result += _pieces(graph, call, name, first.attribute, value)
+            continue
+        if first.item is not None:
+            value = value[first.item] if isinstance(value, (list, tuple)) and len(value) > first.item else None
+        if value == first.times * _size(graph, (tensor, dim)):
+            result.append(dataclasses.replace(first, module=name, tensor=tensor, dim=dim))
+    return result
+
+
+# --- counts that have to be equal -------------------------------------------------------------------------------------
+def _tie(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
+    for tie in _ties(graph, keep, found):
+        level = _levelled(graph, keep, tie)
+        if level is not None and _reach(graph, level) > found.progress:
+            graph.rebuild([*graph.ties, *_tied_everywhere(graph, tie, found)])
+            return True
+    return False
+
+
+def _ties(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[Tie]:
+    """Pairs of dims near the mismatch that are equally wide in the dense network but not in the smaller one."""
+    sizes = list(_changed_sizes(graph, keep, found))
+    for i, (tensor, dim, size) in enumerate(sizes):
+        for other, other_dim, other_size in sizes[:i]:
+            if size == other_size:
+                yield Tie((other, other_dim), (tensor, dim))
+
+
+def _levelled(graph: ChannelGraph, keep: torch.Tensor, tie: Tie) -> torch.Tensor | None:
+    """The same cut, but with as many channels left in the second group as in the first; None where that is not all
+    that a tie would mean.
+    """
+    groups = [graph._core.groups_of(*place) for place in (tie.first, tie.second)]
+    if any(len(found) != 1 for found in groups) or groups[0] == groups[1]:
+        return None
+    first, second = (graph.groups[found[0]] for found in groups)
+    if not first.num_classes == second.num_classes == _size(graph, tie.first):
+        return None
+    level = keep.clone()
+    level[second.classes] = keep[first.classes]
+    return level
+
+
+def _tied_everywhere(graph: ChannelGraph, tie: Tie, found: Mismatch) -> list[Tie]:
+    result = [tie]
+    for name in found.modules[:1]:
+        seconds = {other: place for other, _, place in _analogues(graph, name, tie.second)}
+        for other, _, first in _analogues(graph, name, tie.first):
+            if other in seconds and _size(graph, first) == _size(graph, seconds[other]):
+                result.append(Tie(first, seconds[other]))
+    return result
+
+
+# --- keeping ----------------------------------------------------------------------------------------------------------
+def _keep_culprit(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> None:
+    """Cutting the first k groups works, cutting one more does not: that one is kept, and its like elsewhere."""
+    cut = [g for g, group in enumerate(graph.groups) if not bool(keep[group.classes].all())]
+    low, high = 0, len(cut)
+    while high - low > 1:
+        middle = (low + high) // 2
+        partial = graph.all_kept()
+        for g in cut[:middle]:
+            partial[graph.groups[g].classes] = keep[graph.groups[g].classes]
+        failed = _replay.compare(graph, graph.plan(partial))
+        if failed is None:
+            low = middle
+        else:
+            high, found = middle, failed
+    if not cut:
+        raise CompactionError(
+            "settle: with every channel kept the forward still does not repeat itself: "
+            f"{graph.recording.calls[found.op]} {found.problem}. It has to run the same operators every time."
+        )
+    culprit = cut[high - 1]
+    groups = {g for g in (culprit, *_like(graph, culprit, found)) if graph.groups[g].reason is None}
+    graph.keep_groups(groups, f"its size is fixed in the forward: {graph.recording.calls[found.op]} {found.problem}")
+
+
+def _like(graph: ChannelGraph, group: int, found: Mismatch) -> Iterator[int]:
+    """What is in the place of the group in the other modules of the class of the module at fault."""
+    for name in found.modules[:1]:
+        for call in _calls_of(graph, name):
+            for tensor in _tensors(call):
+                for dim in range(len(graph.recording.shapes[tensor])):
+                    if graph._core.groups_of(tensor, dim) == [group]:
+                        for _, _, place in _analogues(graph, name, (tensor, dim)):
+                            yield from graph._core.groups_of(*place)
+                        return
+
+
+# --- places in the recording ------------------------------------------------------------------------------------------
+def _calls_near(graph: ChannelGraph, found: Mismatch) -> list[_record.Call]:
+    """Calls within the module at fault, the nearest first; those before the mismatch go first."""
+    calls = graph.recording.calls
+    before = range(found.op, max(-1, found.op - _REACH), -1)
+    after = range(found.op + 1, min(len(calls), found.op + _REACH))
+    return [calls[i] for i in sorted((*before, *after), key=lambda i: (abs(i - found.op), i))]
+
+
+def _changed_sizes(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[tuple[int, int, int]]:
+    """(tensor, dim, dense size) of the dims near the mismatch that shrink, one for each pair of sizes."""
+    shapes = graph._core.shapes(graph._bytes(keep))
+    seen = set()
+    for call in _calls_near(graph, found):
+        for tensor in (*call.outs, *_record.refs_in(call.args)):
+            for dim, size in enumerate(graph.recording.shapes[tensor]):
+                # The probe cuts every group by another fraction: equal pairs of sizes are the same channels.
+                pair = size, shapes[tensor][dim]
+                if pair[0] != pair[1] and pair not in seen:
+                    seen.add(pair)
+                    yield tensor, dim, size
+
+
+def _size(graph: ChannelGraph, place: tuple[int, int]) -> int:
+    return graph.recording.shapes[place[0]][place[1]]
+
+
+def _of_same_class(graph: ChannelGraph, name: str) -> list[str]:
+    kind = type(graph.model.get_submodule(name))
+    return [other for other, module in graph.model.named_modules() if type(module) is kind and other != name]
+
+
+def _analogues(
+    graph: ChannelGraph, name: str, place: tuple[int, int]
+) -> Iterator[tuple[str, _record.Call, tuple[int, int]]]:
+    """(module, call, (tensor, dim)): the same place in the calls of every other module of the class of `name`."""
+    tensor, dim = place
+    calls = _calls_of(graph, name)
+    where = next(((k, _tensors(c).index(tensor)) for k, c in enumerate(calls) if tensor in _tensors(c)), None)
+    if where is None:
+        return
+    ordinal, position = where
+    for other in _of_same_class(graph, name):
+        theirs = _calls_of(graph, other)
+        if ordinal < len(theirs) and theirs[ordinal].name == calls[ordinal].name:
+            tensors = _tensors(theirs[ordinal])
+            if position < len(tensors) and dim < len(graph.recording.shapes[tensors[position]]):
+                yield other, theirs[ordinal], (tensors[position], dim)
+
+
+def _calls_of(graph: ChannelGraph, name: str) -> list[_record.Call]:
+    return [c for c in graph.recording.calls if c.module == name or c.module.startswith(name + ".")]
+
+
+def _tensors(call: _record.Call) -> list[int]:
+    return [*_record.refs_in(call.args), *call.outs]
