@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
-from ._shapes import FAST
+from ._shapes import FAST, remembered
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(os.path.dirname(__file__))
@@ -146,6 +146,10 @@ def _restore_container(value: Any, saved: Any) -> None:
 class _Recorder(TorchDispatchMode):
     """Sends every operator to meta tensors and writes it down."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper that would keep dynamo away costs more than the operator
+
     def __init__(self, recording: Recording, tensors: dict[str, torch.Tensor], watch: Watch | None) -> None:
         super().__init__()
         self.recording = recording
@@ -218,7 +222,7 @@ class _Recorder(TorchDispatchMode):
             result = NotImplemented if fast is None or meta_kwargs else fast(meta_args)
             if result is NotImplemented:
                 try:
-                    result = func(*meta_args, **meta_kwargs)
+                    result = remembered(func, meta_args, meta_kwargs)
                 except NotImplementedError:
                     result = _on_real_zeros(func, meta_args, meta_kwargs)
         self._write(func, args, kwargs, result)

@@ -1,7 +1,8 @@
-"""Output shapes of the operators that make up most of a network, without torch's meta kernels.
+"""Output shapes of operators without torch's meta kernels, or with each of them run once.
 
-Those are Python decompositions that take a hundred times as long and are the bulk of a trace. Every function returns
-what the meta kernel would, or NotImplemented where the case is not plain; tests hold each to the meta kernel.
+Those are Python decompositions that take a hundred times as long and are the bulk of a trace. Every function in FAST
+returns what the meta kernel would, or NotImplemented where the case is not plain; tests hold each to the meta kernel.
+Networks repeat their blocks, so what a kernel said of one operator on tensors of one kind is remembered.
 """
 
 from __future__ import annotations
@@ -39,12 +40,11 @@ def _binary_in_place(args: tuple) -> Any:
 
 
 def _batch_norm(args: tuple) -> Any:
-    x, training = args[0], args[5]
-    mean = args[3]
+    x = args[0]
     channels = x.shape[1] if x.dim() > 1 else -1
-    if training or mean is None or mean.shape != (channels,) or mean.dtype != x.dtype:
+    if args[3] is None and not args[5]:
         return NotImplemented
-    if any(t is not None and t.shape != (channels,) for t in (args[1], args[2], args[4])):
+    if any(t is not None and (t.shape != (channels,) or t.dtype != x.dtype) for t in args[1:5]):
         return NotImplemented
     return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
 
@@ -81,6 +81,26 @@ def _cat(args: tuple) -> Any:
     return first.new_empty(shape) if first.dim() and first.is_contiguous() else NotImplemented
 
 
+def _layer_norm(args: tuple) -> Any:
+    x, normalized = args[0], list(args[1])
+    outer = x.dim() - len(normalized)
+    if outer < 1 or list(x.shape[outer:]) != normalized or not x.is_contiguous() or x.dtype not in _FULL:
+        return NotImplemented
+    if any(t is not None and (list(t.shape) != normalized or t.dtype != x.dtype) for t in args[2:4]):
+        return NotImplemented
+    statistics = [*x.shape[:outer], *[1] * len(normalized)]
+    return torch.empty_like(x), x.new_empty(statistics), x.new_empty(statistics)
+
+
+def _addmm(args: tuple) -> Any:
+    bias, a, b = args[:3]
+    plain = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and bias.shape == (b.shape[1],)
+    if not plain or len(args) > 3 or not bias.dtype == a.dtype == b.dtype:
+        return NotImplemented
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+_FULL = (torch.float32, torch.float64)  # half precision keeps its statistics in another dtype
 _ATEN = torch.ops.aten
 _UNARY = (
     *("relu", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh"),
@@ -92,8 +112,53 @@ FAST: dict[Any, Callable[[tuple], Any]] = {
     _ATEN.convolution.default: _convolution,
     _ATEN.native_batch_norm.default: _batch_norm,
     _ATEN.cat.default: _cat,
+    _ATEN.native_layer_norm.default: _layer_norm,
+    _ATEN.addmm.default: _addmm,
     **{getattr(_ATEN, name).default: _like_first for name in _UNARY},
     **{getattr(_ATEN, name + "_").default: _in_place for name in _UNARY},
     **{getattr(_ATEN, name).Tensor: _binary for name in _BINARY},
     **{getattr(_ATEN, name + "_").Tensor: _binary_in_place for name in _BINARY},
 }
+
+
+_MOST = 20_000
+_known: dict[Any, Any] = {}
+_repeatable: dict[Any, bool] = {}
+
+
+def remembered(func: Any, args: tuple, kwargs: dict) -> Any:
+    """`func(*args, **kwargs)` on meta tensors; from memory where the operator makes new tensors only."""
+    if not _is_repeatable(func):
+        return func(*args, **kwargs)
+    key = (func, _signature(args), _signature(tuple(kwargs.items())))
+    try:
+        known = _known.get(key)
+    except TypeError:  # an argument that cannot be a key
+        return func(*args, **kwargs)
+    if known is not None:
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known[1]]
+        return tuple(made) if known[0] else made[0]
+    result = func(*args, **kwargs)
+    is_tuple = isinstance(result, tuple)
+    outs = result if is_tuple else (result,)
+    if all(isinstance(t, torch.Tensor) and not t.requires_grad for t in outs):
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[key] = is_tuple, [(t.shape, t.stride(), t.dtype) for t in outs]
+    return result
+
+
+def _is_repeatable(func: Any) -> bool:
+    if func not in _repeatable:
+        schema = func._schema
+        aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+        _repeatable[func] = func.namespace == "aten" and not aliases and not schema.is_mutable
+    return _repeatable[func]
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple([_signature(item) for item in value])
+    return type(value), value
