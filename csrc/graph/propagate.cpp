@@ -26,6 +26,25 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
   return strides;
 }
 
+// Detectors find no box in a trace: how the other dims are folded still shows if there were two. False if it does not.
+bool without_zeros(std::vector<int64_t>& from, std::vector<int64_t>& to) {
+  int64_t elements = 1;
+  for (int64_t& size : from) elements *= size = size == 0 ? 2 : size;
+  int64_t* unknown = nullptr;
+  for (int64_t& size : to) {
+    if (size == 0 && unknown != nullptr) return false;
+    if (size == 0)
+      unknown = &size;
+    else if (elements % size == 0)
+      elements /= size;
+    else
+      return false;
+  }
+  if (unknown == nullptr) return false;
+  *unknown = elements;
+  return true;
+}
+
 }  // namespace
 
 Propagator::Propagator(const Record& record) : record_(record) {
@@ -95,8 +114,9 @@ void Propagator::pass() {
   }
 }
 
-// Attention contracts two activations over the head width. Where a reshape made that axis, the heads must survive,
-// and this has to be known before anything is tied: unions cannot be taken back.
+// Attention contracts two activations over the head width, and takes q, k and v apart by position. Where a reshape
+// made those axes, the heads must survive, and this has to be known before anything is tied: unions cannot be taken
+// back.
 void Propagator::survey_split_sites() {
   const bool has_attention = std::any_of(record_.ops.begin(), record_.ops.end(),
                                          [](const Op& op) { return op.name.find("bmm") != std::string::npos; });
@@ -147,6 +167,13 @@ void Propagator::freeze(const Axis& axis, const std::string& reason) {
       }
       changed_ |= classes_.freeze(id, event);
     }
+}
+
+bool Propagator::partly_frozen(const Axis& axis) const {
+  for (const Ids& layer : axis.layers)
+    for (const int32_t id : *layer)
+      if (classes_.frozen(id)) return true;
+  return false;
 }
 
 void Propagator::freeze_all(int32_t tensor, const std::string& reason) {
@@ -224,8 +251,13 @@ Axis Propagator::fresh(int output, int dim, int64_t size) {
   return axis;
 }
 
-Labels Propagator::reshape(int32_t tensor, const std::vector<int64_t>& to) {
-  const std::vector<int64_t>& from = shape(tensor);
+Labels Propagator::reshape(int32_t tensor, const std::vector<int64_t>& target) {
+  std::vector<int64_t> from = shape(tensor);
+  std::vector<int64_t> to = target;
+  if (from != to && std::find(from.begin(), from.end(), 0) != from.end() && !without_zeros(from, to)) {
+    for (int d = 0; d < rank(tensor); ++d) freeze(axis(tensor, d), "reshaped without an element");
+    return Labels(to.size());
+  }
   Labels result(to.size());
   for (const ReshapeBlock& block : reshape_blocks(from, to)) {
     if (block.from.size() == 1 && block.to.size() == 1) {
@@ -249,7 +281,12 @@ Labels Propagator::reshape(int32_t tensor, const std::vector<int64_t>& to) {
         reduce(ids, sizes, pieces);
       }
     }
-    for (size_t j = 0; j < pieces.size(); ++j) result[block.to[j]] = std::move(pieces[j]);
+    for (size_t j = 0; j < pieces.size(); ++j) {
+      if (target[block.to[j]] == 0)
+        freeze(pieces[j], "folded into a dimension without an element");
+      else
+        result[block.to[j]] = std::move(pieces[j]);
+    }
   }
   return result;
 }
@@ -300,11 +337,11 @@ void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64
 int Propagator::choose_survivor(const std::vector<int32_t>& roots, const std::vector<int64_t>& sizes,
                                 const std::vector<int>& candidates) {
   const std::vector<int64_t> strides = strides_of(sizes);
-  const auto contracted = contracted_.find(current_);
+  const auto avoided = avoided_.find(current_);
   int best = -1;
   size_t most = 0;
   for (const int j : candidates) {
-    if (contracted != contracted_.end() && contracted->second == j) continue;
+    if (avoided != avoided_.end() && avoided->second.contains(j)) continue;
     std::vector<uint64_t> slices(sizes[j], 1469598103934665603ULL);
     for (size_t p = 0; p < roots.size(); ++p) {
       uint64_t& hash = slices[(p / strides[j]) % sizes[j]];
@@ -321,8 +358,12 @@ int Propagator::choose_survivor(const std::vector<int32_t>& roots, const std::ve
 
 void Propagator::mark_contracted(const Axis& a, const Axis& b) {
   if (!surveying_ || a.site_axis < 0 || b.site_axis < 0) return;
-  contracted_[a.site] = a.site_axis;
-  contracted_[b.site] = b.site_axis;
+  avoided_[a.site].insert(a.site_axis);
+  avoided_[b.site].insert(b.site_axis);
+}
+
+void Propagator::mark_taken_apart(const Axis& axis) {
+  if (surveying_ && axis.site_axis >= 0) avoided_[axis.site].insert(axis.site_axis);
 }
 
 void Propagator::read(int32_t tensor, int dim, bool exact) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -67,6 +68,7 @@ class Propagator {
   bool is_slot_view(int32_t tensor) const { return origins_[tensor].slot >= 0; }
 
   void freeze(const Axis& axis, const std::string& reason);
+  bool partly_frozen(const Axis& axis) const;
   void freeze_all(int32_t tensor, const std::string& reason);
   // The two axes are the same positions: an elementwise operator meets them. Returns the joined label.
   Axis join(const Axis& a, const Axis& b);
@@ -78,7 +80,7 @@ class Propagator {
   Axis tie_runs(const Axis& axis, int64_t length);
   // Ids of this operator's own, the same in every pass.
   Axis fresh(int output, int dim, int64_t size);
-  Labels reshape(int32_t tensor, const std::vector<int64_t>& to);
+  Labels reshape(int32_t tensor, const std::vector<int64_t>& target);
 
   void read(int32_t tensor, int dim, bool exact);
   void derive_arg(int32_t arg, const Axis& axis) { derived_.push_back({current_, arg, axis}); }
@@ -86,6 +88,8 @@ class Propagator {
   void produce(int32_t tensor, int dim);
   // A split into heads: the axis that activations contract later must not be the one that survives.
   void mark_contracted(const Axis& a, const Axis& b);
+  // Likewise for an axis whose positions are used one by one.
+  void mark_taken_apart(const Axis& axis);
 
  private:
   void pass();
@@ -105,8 +109,8 @@ class Propagator {
   std::vector<DerivedArg> derived_;
   std::vector<std::pair<int32_t, int32_t>> producers_;
   std::map<std::tuple<int32_t, int, int>, Ids> fresh_;
-  std::map<int32_t, int> survivor_;    // split site -> axis that survives
-  std::map<int32_t, int> contracted_;  // split site -> axis that activations contract
+  std::map<int32_t, int> survivor_;           // split site -> axis that survives
+  std::map<int32_t, std::set<int>> avoided_;  // split site -> axes that must not survive
   int32_t current_ = -1;
   bool surveying_ = false;  // first look at split sites: tie nothing there
   bool strict_ = false;     // last passes: labels that cannot be matched are frozen

@@ -43,7 +43,7 @@ std::vector<int64_t> list_arg(const Op& op, size_t i) {
 void apply_rule(Propagator& graph, const Op& op) {
   const auto row = rule_table().find(base_name(op.name));
   std::string reason = "no rule for operator " + op.name;
-  if (row != rule_table().end() && op.name.rfind("aten.", 0) == 0) {
+  if (row != rule_table().end() && (op.name.starts_with("aten.") || op.name.starts_with("torchvision."))) {
     try {
       row->second(graph, op);
       return;

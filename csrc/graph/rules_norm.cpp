@@ -78,10 +78,16 @@ void group_norm(Propagator& graph, const Op& op) {
   }
 }
 
-// softmax(x, dim, ...): normalises over the live positions of dim.
+// softmax(x, dim, ...): normalises over the live positions of dim. Where some of them can never go they are classes of
+// an output, and then so are the others (the background of a detector).
 void softmax(Propagator& graph, const Op& op) {
   const int32_t x = tensor_arg(op, 0);
-  if (graph.rank(x) > 0) graph.read(x, wrap_dim(int_arg(op, 1), graph.rank(x)), false);
+  if (graph.rank(x) > 0) {
+    const int dim = wrap_dim(int_arg(op, 1), graph.rank(x));
+    graph.read(x, dim, false);
+    if (graph.partly_frozen(graph.axis(x, dim)))
+      graph.freeze(graph.axis(x, dim), "in one softmax with positions that cannot be cut");
+  }
   graph.set(op.outs[0], graph.labels_of(x));
 }
 

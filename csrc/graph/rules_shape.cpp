@@ -154,6 +154,7 @@ void slice(Propagator& graph, const Op& op) {
 
 void freeze_dim_and_drop(Propagator& graph, const Op& op, int dim, const std::string& reason) {
   const int32_t x = tensor_arg(op, 0);
+  graph.mark_taken_apart(graph.axis(x, dim));
   graph.freeze(graph.axis(x, dim), reason);
   Labels labels = graph.labels_of(x);
   labels.erase(labels.begin() + dim);
@@ -168,6 +169,28 @@ void select(Propagator& graph, const Op& op) {
 void unbind(Propagator& graph, const Op& op) {
   const int dim = wrap_dim(int_arg(op, 1), graph.rank(tensor_arg(op, 0)));
   freeze_dim_and_drop(graph, op, dim, "taken apart position by position");
+}
+
+// unfold(x, dim, size, step): windows along dim, their positions in a new last dim.
+void unfold(Propagator& graph, const Op& op) {
+  const int32_t x = tensor_arg(op, 0);
+  if (graph.rank(x) > 0) graph.freeze(graph.axis(x, wrap_dim(int_arg(op, 1), graph.rank(x))), "cut into windows");
+  Labels labels = graph.labels_of(x);
+  if (!labels.empty()) labels[wrap_dim(int_arg(op, 1), graph.rank(x))] = {};
+  labels.resize(graph.rank(op.outs[0]));
+  graph.set(op.outs[0], std::move(labels));
+}
+
+// roi_align(x, rois, ...), roi_pool: one map of every channel for each region.
+void regions(Propagator& graph, const Op& op) {
+  const int32_t x = tensor_arg(op, 0);
+  for (int d = 2; d < graph.rank(x); ++d) graph.freeze(graph.axis(x, d), "spatial position of a region of interest");
+  graph.freeze_all(tensor_arg(op, 1), "used as positions");
+  for (const int32_t out : op.outs) {
+    Labels labels(graph.rank(out));
+    labels[1] = graph.axis(x, 1);
+    graph.set(out, std::move(labels));
+  }
 }
 
 // split(x, size, dim): one size for all pieces, so all pieces must shrink alike.
@@ -305,6 +328,33 @@ void index(Propagator& graph, const Op& op) {
   graph.set(out, std::move(labels));
 }
 
+// index_put(x, indices, values): the indexed dims stay; the others are those of the values.
+void index_put(Propagator& graph, const Op& op) {
+  const int32_t x = tensor_arg(op, 0);
+  const int32_t values = tensor_arg(op, 2);
+  Labels labels = graph.labels_of(x);
+  const std::vector<Value>& indices = op.args[1].list;
+  int indexed = 0;
+  for (const Value& item : indices) {
+    if (!item.is_tensor()) continue;
+    graph.freeze_all(static_cast<int32_t>(item.integer), "used as an index");
+    ++indexed;
+  }
+  const bool leading = indexed == static_cast<int>(indices.size());
+  for (int d = 0; d < graph.rank(x); ++d) {
+    const int from_end = graph.rank(x) - d;
+    if (leading && d >= indexed && from_end <= graph.rank(values)) {
+      const int v = graph.rank(values) - from_end;
+      if (graph.shape(values)[v] > 1) labels[d] = graph.join(labels[d], graph.axis(values, v));
+      continue;
+    }
+    graph.freeze(labels[d], "positions are written by an index tensor");
+    labels[d] = {};
+  }
+  if (!leading) graph.freeze_all(values, "written by scattered index tensors");
+  graph.set(op.outs[0], std::move(labels));
+}
+
 // embedding(weight, indices)
 void embedding(Propagator& graph, const Op& op) {
   const int32_t weight = tensor_arg(op, 0);
@@ -433,6 +483,8 @@ void add_shape_rules(RuleTable& table) {
   table["repeat"] = repeat;
   for (const char* name : {"slice", "narrow"}) table[name] = slice;
   table["select"] = select;
+  table["unfold"] = unfold;
+  for (const char* name : {"roi_align", "roi_pool"}) table[name] = regions;
   table["unbind"] = unbind;
   for (const char* name : {"split", "unsafe_split"}) table[name] = split;
   for (const char* name : {"split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy"})
@@ -442,6 +494,7 @@ void add_shape_rules(RuleTable& table) {
   table["constant_pad_nd"] = pad;
   table["index_select"] = index_select;
   for (const char* name : {"index", "_unsafe_index"}) table[name] = index;
+  for (const char* name : {"index_put", "_index_put_impl"}) table[name] = index_put;
   table["embedding"] = embedding;
   for (const char* name : {"roll", "flip"}) table[name] = moved_by_literal;
   for (const char* name : {"cumsum", "cumprod"}) table[name] = cumulative;

@@ -30,26 +30,41 @@ def base_name(name: str) -> str:
 class Aligned(TorchDispatchMode):
     """Hands every operator that is not a view to `on_call`, with the index of the recorded call that it is.
 
+    Operators are counted module by module: what a module does with values (the boxes of a detector) may differ from
+    the recording, as long as nothing there depends on the channels in `needed`.
+
     Raises:
-        TraceError: the forward runs another operator than was recorded.
+        TraceError: a module runs another operator than was recorded, where that matters.
     """
 
-    def __init__(self, graph: ChannelGraph) -> None:
+    def __init__(self, graph: ChannelGraph, needed: set[int]) -> None:
         super().__init__()
         self.graph = graph
-        calls = graph.recording.calls[: graph.recording.costed]
-        self._expected = iter([i for i, call in enumerate(calls) if base_name(call.name) not in VIEWS])
+        self.running: list[str] = []  # names of the modules that run now, the innermost last
+        self._calls = graph.recording.calls[: graph.recording.costed]
+        self._needed = needed
+        self._expected: dict[str, list[int]] = {}
+        for i in reversed(range(len(self._calls))):
+            if base_name(self._calls[i].name) not in VIEWS:
+                self._expected.setdefault(self._calls[i].module, []).append(i)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = str(func)
         if base_name(name) in VIEWS:
             return func(*args, **kwargs)
-        op = next(self._expected, None)
-        recorded = self.graph.recording.calls[op].name if op is not None else "nothing more"
-        if not _same_operator(recorded, name):
-            raise TraceError(f"the forward runs {name} where its recording has {recorded}")
-        return self.on_call(op, func, args, kwargs)
+        expected = self._expected.get(self.running[-1] if self.running else "", [])
+        if not expected or not _same_operator(self._calls[expected[-1]].name, name):
+            missed = sorted(self._needed.intersection(expected))
+            if missed:
+                raise TraceError(f"the forward runs {name} where its recording has {self._calls[expected[-1]]}")
+            expected.clear()
+            return func(*args, **kwargs)
+        return self.on_call(expected.pop(), func, args, kwargs)
+
+    def missed(self) -> list[int]:
+        """Recorded calls that matter but were not run."""
+        return sorted(self._needed.intersection(op for calls in self._expected.values() for op in calls))
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict):
         raise NotImplementedError

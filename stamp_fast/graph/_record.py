@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
 from ._shapes import FAST, remembered
+
+if TYPE_CHECKING:
+    from ._align import Aligned
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(os.path.dirname(__file__))
@@ -71,8 +74,11 @@ def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def batch_of_two(example: Any) -> Any:
     """The example on the meta device, its batch brought to 2: 1 would hide a batch that absorbs channels.
 
-    The batch is the first dim of the first tensor, and of every tensor whose first dim is of the same size.
+    The batch is the first dim of the first tensor, and of every tensor whose first dim is of the same size. A list
+    of tensors among the arguments is a batch itself (detectors take images so): it is brought to two of them.
     """
+    if _image_list(example) is not None:
+        return _two_of_each(example)
     batch = next((v.shape[0] for v in tree_leaves(example) if isinstance(v, torch.Tensor) and v.dim()), None)
 
     def convert(value: Any) -> Any:
@@ -83,6 +89,23 @@ def batch_of_two(example: Any) -> Any:
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
     return tree_map(convert, example)
+
+
+def _image_list(example: Any) -> list | None:
+    arguments = example.values() if isinstance(example, dict) else example if isinstance(example, (tuple, list)) else ()
+    return next((a for a in arguments if isinstance(a, list) and a and isinstance(a[0], torch.Tensor)), None)
+
+
+def _two_of_each(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        return {key: _two_of_each(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_two_of_each(item) for item in value)
+    if isinstance(value, list):
+        return [_two_of_each(item) for item in (value * 2)[:2]]
+    return value
 
 
 def fresh(inputs: Any) -> Any:
@@ -223,7 +246,10 @@ class _Recorder(TorchDispatchMode):
             if result is NotImplemented:
                 try:
                     result = remembered(func, meta_args, meta_kwargs)
-                except NotImplementedError:
+                except (NotImplementedError, RuntimeError) as error:
+                    # What a library of operators cannot say on meta tensors is not said as NotImplementedError.
+                    if func.namespace == "aten" and not isinstance(error, NotImplementedError):
+                        raise
                     result = _on_real_zeros(func, meta_args, meta_kwargs)
         self._write(func, args, kwargs, result)
         return result
@@ -460,9 +486,11 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def evaluate(model: nn.Module, inputs: Any, mode: contextlib.AbstractContextManager | None = None) -> Any:
+def evaluate(model: nn.Module, inputs: Any, mode: Aligned | None = None) -> Any:
     """The model's output in eval mode, under a dispatch mode if given; model and inputs are left as found."""
     with undisturbed(model):
         model.eval()
-        with mode or contextlib.nullcontext():
+        if mode is None:
+            return call_model(model, fresh(inputs))
+        with _module_names(model, mode.running), mode:
             return call_model(model, fresh(inputs))

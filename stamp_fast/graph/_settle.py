@@ -96,6 +96,11 @@ def _bind(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
 def _bindings(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[list[Binding]]:
     bound = {(b.module, b.attribute, b.item) for b in graph.bindings}
     sizes = list(_changed_sizes(graph, keep, found))
+    for call in _calls_near(graph, found):
+        if len(call.outs) > 1 and "split_with_sizes" in call.name:
+            bindings = [b for b in _piece_attributes(graph, call, found) if (b.module, b.attribute, None) not in bound]
+            if len(bindings) > 1:  # all at once: no piece fits before all do
+                yield bindings
     for times in (1, 2, 3, 4):
         for name in found.modules:
             for attribute, value in _int_attributes(graph.model.get_submodule(name)):
@@ -122,6 +127,18 @@ def _pieces(graph: ChannelGraph, call: _record.Call, name: str, attribute: str, 
     return []
 
 
+def _piece_attributes(graph: ChannelGraph, call: _record.Call, found: Mismatch) -> list[Binding]:
+    """Where int attributes hold the sizes of the pieces that the call makes: one binding for each attribute."""
+    dim = call.args[2] % len(graph.recording.shapes[call.outs[0]])
+    sizes = {graph.recording.shapes[t][dim]: t for t in reversed(call.outs)}
+    bindings: dict[tuple[str, str], Binding] = {}
+    for name in found.modules:
+        for attribute, value in _int_attributes(graph.model.get_submodule(name)):
+            if isinstance(value, int) and value in sizes:
+                bindings.setdefault((name, attribute), Binding(name, attribute, None, sizes[value], dim))
+    return list(bindings.values())
+
+
 def _int_attributes(module: nn.Module) -> Iterator[tuple[str, int | list | tuple]]:
     known = _plan.known_widths(module)
     for attribute, value in vars(module).items():
@@ -134,19 +151,20 @@ def _int_attributes(module: nn.Module) -> Iterator[tuple[str, int | list | tuple
 
 def _everywhere(graph: ChannelGraph, bindings: list[Binding]) -> list[Binding]:
     """The same bindings on every module of the same class, where its attribute has the value."""
-    first = bindings[0]
-    place = first.tensor, first.dim
     result = list(bindings)
-    for name, call, (tensor, dim) in _analogues(graph, first.module, place):
-        value = getattr(graph.model.get_submodule(name), first.attribute, None)
-        if len(bindings) > 1:
-            if isinstance(value, (list, tuple)):
-                result += _pieces(graph, call, name, first.attribute, value)
-            continue
-        if first.item is not None:
-            value = value[first.item] if isinstance(value, (list, tuple)) and len(value) > first.item else None
-        if value == first.times * _size(graph, (tensor, dim)):
-            result.append(dataclasses.replace(first, module=name, tensor=tensor, dim=dim))
+    whole_list = len(bindings) > 1 and bindings[0].item is not None
+    for binding in bindings[:1] if whole_list else bindings:
+        for name, call, (tensor, dim) in _analogues(graph, binding.module, (binding.tensor, binding.dim)):
+            value = getattr(graph.model.get_submodule(name), binding.attribute, None)
+            if whole_list:
+                if isinstance(value, (list, tuple)):
+                    result += _pieces(graph, call, name, binding.attribute, value)
+                continue
+            if binding.item is not None:
+                has_item = isinstance(value, (list, tuple)) and len(value) > binding.item
+                value = value[binding.item] if has_item else None
+            if value == binding.times * _size(graph, (tensor, dim)):
+                result.append(dataclasses.replace(binding, module=name, tensor=tensor, dim=dim))
     return result
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import TraceError
 from . import _record
 from ._align import Aligned
 from ._record import Ref
@@ -23,7 +24,12 @@ def masked_output(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> Any:
     Raises:
         TraceError: the forward runs other operators on real tensors than it did when traced.
     """
-    return _record.evaluate(graph.model, inputs, _Masked(graph, graph.checked(keep)))
+    mode = _Masked(graph, graph.checked(keep))
+    output = _record.evaluate(graph.model, inputs, mode)
+    missed = mode.missed()
+    if missed:
+        raise TraceError(f"the forward does not run {graph.recording.calls[missed[0]]}, which its recording has")
+    return output
 
 
 def difference(a: Any, b: Any) -> float:
@@ -36,10 +42,10 @@ def difference(a: Any, b: Any) -> float:
 
 class _Masked(Aligned):
     def __init__(self, graph: ChannelGraph, keep: torch.Tensor) -> None:
-        super().__init__(graph)
         self.reads: dict[int, list] = {}
         for read in graph._core.reads:
             self.reads.setdefault(read.op, []).append(read)
+        super().__init__(graph, set(self.reads))
         self.scalars: dict[int, dict[int, int]] = {}
         for op, arg, value in graph._core.scalar_args(graph._bytes(keep)):
             self.scalars.setdefault(op, {})[arg] = value

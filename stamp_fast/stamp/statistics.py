@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import TraceError
 from ..graph import _record
 from ..graph._align import Aligned
 from ..graph._record import Ref
@@ -19,15 +17,13 @@ if TYPE_CHECKING:
 def reader_means(graph: ChannelGraph, inputs: Any) -> torch.Tensor:
     """Per class, the mean activation that its readers see in one eval-mode forward; NaN where nothing reads it."""
     mode = _Means(graph)
-    with contextlib.suppress(TraceError):
-        # On another device the forward may take another road; what was seen up to there is still right.
-        _record.evaluate(graph.model, inputs, mode)
+    _record.evaluate(graph.model, inputs, mode)
     return mode.sums / mode.counts
 
 
 class _Means(Aligned):
     def __init__(self, graph: ChannelGraph) -> None:
-        super().__init__(graph)
+        super().__init__(graph, needed=set())  # where the forward takes another road, what was seen is still right
         self.sums = torch.zeros(graph.num_classes, dtype=torch.float32)
         self.counts = torch.zeros(graph.num_classes, dtype=torch.float32)
         self.readers = {read.op for read in graph._core.reads}
@@ -46,6 +42,8 @@ class _Means(Aligned):
                 if axis < 0:
                     continue
                 classes = torch.from_numpy(self.graph._core.axes[axis][0]).long()
+                if classes.numel() != value.shape[dim]:
+                    continue
                 live = classes >= 0
                 means = value.movedim(dim, 0).flatten(1).float().mean(1).cpu()
                 self.sums.index_add_(0, classes[live], means[live])
