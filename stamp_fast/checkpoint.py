@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import ArgumentError, CheckpointError
+from .graph import _history
 from .graph._snapshot import replace_data
 from .pruning_plan import (
     PruningPlan,
@@ -117,7 +118,8 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
         pruned_alike = _same_cut(network, plan)
         if not pruned_alike:
             plan.check_fits(network)
-        source = {**state["tied"], **state["shared"]}
+        # Where the values of a name are stored: a tensor may be tied to one that shares its memory with a third.
+        source = {name: state["shared"].get(other, other) for name, other in state["tied"].items()} | state["shared"]
         data = _read(opened, network, plan, state, source)
         _check_names(network, plan, state, source, data)
     with all_or_nothing(network):
@@ -262,8 +264,10 @@ def _checked_state(text: str) -> dict[str, Any]:
 
 
 def _same_cut(network: nn.Module, plan: PruningPlan) -> bool:
+    if not any(_history.is_cut(module) for module in network.modules()):
+        return False
     own = plan_of(network)
-    return bool(own.kept) and (own.shapes, own.kept, own.attributes) == (plan.shapes, plan.kept, plan.attributes)
+    return (own.shapes, own.kept, own.attributes) == (plan.shapes, plan.kept, plan.attributes)
 
 
 def _read(
@@ -312,6 +316,8 @@ def _check_names(
             (isinstance(named[n], nn.Parameter), plan.shape(n) if n in plan.shapes else None) for n in (name, other)
         }
         need(len(kinds) == 1, f"state: '{name}' and '{other}' are tied, but not of one kind and shape")
+    for name, other in state["tied"].items():
+        need(other in named and other not in state["tied"], f"state: ties '{name}' to '{other}', which is tied itself")
     first: dict[int, str] = {}
     for name, tensor in named.items():
         twin = first.setdefault(id(tensor), name)

@@ -56,11 +56,29 @@ class Mixed(nn.Module):
         return self.head(self.gru(x[:, None])[0][:, -1])
 
 
+class Sized(nn.Module):
+    """Keeps widths in attributes of its own, as many networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.sizes = 16, [8, 24]
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.split = nn.Conv2d(16, 32, 1)
+        self.small = nn.Conv2d(8, 6, 1)
+        self.large = nn.Conv2d(24, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = x.view(x.shape[0], self.width, x.shape[2], x.shape[3])
+        small, large = torch.split(torch.relu(self.split(x)), self.sizes, 1)
+        return (self.small(small) + self.large(large)).mean((2, 3))
+
+
 def image(channels: int = 3) -> Tensor:
     return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-NETWORKS = {"plain": (Plain, 1), "residual": (Residual, 1), "mixed": (Mixed, 3)}
+NETWORKS = {"plain": (Plain, 1), "residual": (Residual, 1), "mixed": (Mixed, 3), "sized": (Sized, 3)}
 
 
 def pruned(make=Residual, channels: int = 1, times: int = 1, seed: int = 0) -> nn.Module:
@@ -202,11 +220,14 @@ def test_dtype_memory_format_and_flags(tmp_path):
 
 def test_ties_made_after_construction(tmp_path):
     def untied() -> nn.Module:
-        return nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "r": nn.GRU(4, 4)})
+        return nn.ModuleDict(
+            {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "d": nn.Linear(4, 4), "r": nn.GRU(4, 4)}
+        )
 
     model = untied()
     model.b.weight = model.a.weight
     model.c.weight.data = model.a.weight.data  # the same memory, two parameters
+    model.d.weight = model.c.weight
     model.register_buffer("part", model.a.bias.detach()[:2])  # a part of the same memory
     model.r.weight_hh_l0 = model.r.weight_ih_l0
 
@@ -388,6 +409,12 @@ def test_lists_and_tuples_that_change():
     assert type(model.nested) is tuple and stamp_fast.plan_of(model) == plan
 
 
+def test_widths_in_attributes_of_the_model_are_in_the_plan():
+    changed = stamp_fast.plan_of(pruned(Sized, 3)).attributes[""]
+    assert changed["width"][0] == 16 > changed["width"][1]
+    assert changed["sizes"][0] == [8, 24] and sum(changed["sizes"][1]) < 32
+
+
 def test_failure_half_way_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     model = pruned(Mixed, 3)
     stamp_fast.save(model, tmp_path / "model")
@@ -519,7 +546,8 @@ def forged(path: Path, change, tensors=None) -> None:
     plan, state = texts if isinstance(texts, tuple) else (plan, state)
     texts = {"plan": plan, "state": state}
     texts = {key: text if isinstance(text, str) else json.dumps(text) for key, text in texts.items()}
-    checkpoint._write({**stored, **(tensors or {})}, {**metadata, **texts}, str(path))
+    stored.update(tensors or {})
+    checkpoint._write({k: v for k, v in stored.items() if v is not None}, {**metadata, **texts}, str(path))
 
 
 def put_in(*keys_and_value):
@@ -595,6 +623,7 @@ FORGERIES = {
     "memory format of": (put_in("state", "memory_format", {"bn1.weight": "channels_last"}), "not one for 1 dims"),
     "tie of stored": (put_in("state", "tied", {"bn1.weight": "bn1.bias"}), "stored and tied"),
     "tie type": (put_in("state", "tied", {"a": 1}), "'tied' does not map"),
+    "tie of tied": (lambda p, s: s["tied"].update({"bn1.weight": "bn2.weight", "bn2.weight": "bn1.bias"}), "tie"),
     "tie of nothing": (put_in("state", "tied", {"a": "b"}), "ties 'a' to 'b'"),
 }
 
@@ -607,15 +636,19 @@ def test_forged_plan_is_refused(kind, small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("shared", "tensors", "message"),
     [
-        ({"conv1.weight": torch.zeros(1, 1, 1, 1)}, "'conv1.weight' has shape (1, 1, 1, 1) in the file"),
-        ({"more": torch.zeros(1)}, "the model has no parameter or buffer 'more'"),
-        ({"head.bias": torch.zeros(10, dtype=torch.int64)}, "'head.bias' is torch.int64 in the file"),
+        ({}, {"conv1.weight": torch.zeros(1, 1, 1, 1)}, "'conv1.weight' has shape (1, 1, 1, 1) in the file"),
+        ({}, {"more": torch.zeros(1)}, "the model has no parameter or buffer 'more'"),
+        ({}, {"head.bias": torch.zeros(10, dtype=torch.int64)}, "'head.bias' is torch.int64 in the file"),
+        ({}, {"head.bias": None}, "has no tensor for 'head.bias'"),
+        ({"bn1.running_mean": "bn1.bias"}, {"bn1.running_mean": None}, "not of one kind and shape"),
+        ({"head.bias": "bn1.bias"}, {"head.bias": None}, "not of one kind and shape"),
+        ({"head.bias": "nothing"}, {"head.bias": None}, "has no tensor for 'head.bias'"),
     ],
 )
-def test_forged_tensors_are_refused(tensors, message, small, tmp_path):
-    forged(tmp_path / "forged", lambda plan, state: None, tensors)
+def test_forged_tensors_are_refused(shared, tensors, message, small, tmp_path):
+    forged(tmp_path / "forged", put_in("state", "shared", shared), tensors)
     refuse(tmp_path / "forged", small[2], message)
 
 
