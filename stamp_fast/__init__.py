@@ -4,9 +4,11 @@ from stamp_fast._load import HAS_CUDA_KERNELS
 
 from . import importance
 from .budget import Budget
+from .checkpoint import load, load_plan, save
 from .errors import (
     ArgumentError,
     BudgetError,
+    CheckpointError,
     CompactionError,
     LoaderError,
     ModelError,
@@ -17,6 +19,7 @@ from .graph import ChannelGraph, Group, trace
 
 # These two share their names with the module and the package that they come from; the functions win.
 from .prune import prune, report
+from .pruning_plan import PruningPlan, apply_plan, plan_of
 
 __version__ = "0.1.0"
 
@@ -26,15 +29,22 @@ __all__ = [
     "Budget",
     "BudgetError",
     "ChannelGraph",
+    "CheckpointError",
     "CompactionError",
     "Group",
     "LoaderError",
     "ModelError",
+    "PruningPlan",
     "StampFastError",
     "TraceError",
     "__version__",
+    "apply_plan",
     "importance",
+    "load",
+    "load_plan",
+    "plan_of",
     "prune",
     "report",
+    "save",
     "trace",
 ]

@@ -8,6 +8,7 @@ __all__ = [
     "TraceError",
     "BudgetError",
     "CompactionError",
+    "CheckpointError",
 ]
 
 
@@ -57,3 +58,7 @@ class CompactionError(StampFastError, RuntimeError):
         super().__init__(message)
         self.groups = groups
         self.reason = reason
+
+
+class CheckpointError(StampFastError, RuntimeError):
+    """A file cannot be written or read, is damaged or foreign, or does not fit the model, which was left as it was."""

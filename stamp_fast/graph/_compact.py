@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from . import _history
 from ._plan import Plan
 from ._snapshot import Snapshot, replace_data
 
@@ -54,6 +55,7 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
     try:
         for put, tensor in zip(puts, new, strict=True):
             put(tensor)
+        _history.record(plan, twins)
         for module, name, value in plan.attributes:
             for target in (module, *twins.get(module, ())):
                 setattr(target, name, value)
