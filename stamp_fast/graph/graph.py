@@ -13,6 +13,7 @@ from torch import nn
 from .._load import graph_core
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
+from ._optimizers import Optimizers
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -315,17 +316,19 @@ class ChannelGraph:
     def compact(
         self,
         keep: torch.Tensor,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         ema: nn.Module | None = None,
     ) -> nn.Module:
         """Takes the channels out for good, in place, all or nothing. The graph describes the old network afterwards.
 
         Args:
             keep: bool, [num_classes].
-            optimizer: its per-parameter state is cut with the parameters; param_groups stay as they are.
-            ema: a module with the same parameter names (optionally under ``module.``) that is cut alike.
+            optimizer: one or several; their per-parameter state is cut with the parameters, param_groups stay as
+                they are. L-BFGS and others whose state is not per parameter are refused once they have stepped.
+            ema: an average of the model that is cut alike: a copy of it, or a wrapper (`AveragedModel`) around one.
 
         Raises:
+            ArgumentError: `keep`, `optimizer` or `ema` do not fit; nothing has changed.
             CompactionError: the replay of the smaller network differs from the prediction; nothing has changed.
         """
         plan = self.plan(keep)
