@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import TraceError
+from ..errors import StampFastError, TraceError
 
 _CURE = "take it off (`handle.remove()`) while pruning and register it again afterwards"
 
@@ -43,6 +43,8 @@ class WatchedHooks:
             first = len(self._made)
             try:
                 result = hook(*args, **kwargs)
+            except StampFastError:  # of the trace itself
+                raise
             except Exception as error:
                 raise TraceError(
                     f"trace: {what} failed on meta tensors, which have shapes but no values: {type(error).__name__}: "

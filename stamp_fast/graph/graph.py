@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._load import graph_core
 from ..errors import ArgumentError, ModelError
@@ -403,9 +404,18 @@ def unwrapped(model: Any) -> nn.Module:
         return original
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: a ScriptModule cannot be pruned; prune the original module and script it again")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"model: is wrapped in {type(model).__name__}; prune `model.module` and wrap it again")
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            what = f"'{name}' is" if name else "is"
+            raise ModelError(
+                f"model: {what} wrapped in {type(module).__name__}; prune `model.module`, then wrap it again"
+            )
     for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter.data):
+            raise ModelError(
+                f"model: parameter '{name}' is a {type(parameter.data).__name__}, sharded or quantised; prune before "
+                "that is done to the model"
+            )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"model: parameter '{name}' is lazy and has no shape yet; run one forward first")
     return model
