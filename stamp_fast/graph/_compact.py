@@ -71,13 +71,13 @@ def _gather(plan: Plan, slot_of: list[int], tensors: list[torch.Tensor]) -> list
     """The live part of every tensor, in its memory format."""
     dense = [i for i, tensor in enumerate(tensors) if tensor.layout == torch.strided]
     packed = plan.gather([slot_of[i] for i in dense], [tensors[i] for i in dense])
-    new = dict(zip(dense, packed, strict=True))
+    new = {i: t.contiguous(memory_format=_format(tensors[i])) for i, t in zip(dense, packed, strict=True)}
     for i in range(len(tensors)):
         if i not in new:  # the gradient of an embedding made with sparse=True
             new[i] = tensors[i]
             for dim, index in enumerate(plan.kept[slot_of[i]]):
                 new[i] = new[i] if index is None else new[i].index_select(dim, index.to(new[i].device))
-    return [_in_format_of(old, new[i]) for i, old in enumerate(tensors)]
+    return [new[i] for i in range(len(tensors))]
 
 
 def _matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Tensor] | None:
@@ -133,11 +133,9 @@ def _put_data(owner: torch.Tensor, data: torch.Tensor) -> None:
     replace_data(owner, data)
 
 
-def _in_format_of(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """`new` with the memory format of `old`, told by strides: a 1x1 weight is contiguous in every format."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(old.dim()) if old.layout == torch.strided else None
-    if last is None or not old.is_contiguous(memory_format=last):
-        return new if old.layout != torch.strided else new.contiguous()
-    strides = torch.empty(old.shape, device="meta").stride()
-    return new.contiguous() if old.stride() == strides else new.clone(memory_format=last)
+def _format(tensor: torch.Tensor) -> torch.memory_format:
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return torch.channels_last
+    if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d) and not tensor.is_contiguous():
+        return torch.channels_last_3d
+    return torch.contiguous_format
