@@ -11,6 +11,7 @@ from torch import nn
 from .budget import Budget, check_round_to
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
+from .graph._optimizers import listed
 
 
 def check_arguments(
@@ -36,8 +37,7 @@ def check_arguments(
         raise ArgumentError(f"seed: must be a whole number from 0 to 2**63 - 1, or None, got {seed!r}")
     if torch.is_inference_mode_enabled():
         raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    listed(optimizer)
 
 
 def check_model(model: nn.Module) -> torch.device:
@@ -61,15 +61,6 @@ def check_model(model: nn.Module) -> torch.device:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"model: '{name}' holds NaN or inf; load sound weights before pruning")
     return device
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises ArgumentError where the optimizer holds none of the model's parameters."""
-    if optimizer is None:
-        return
-    own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ArgumentError("optimizer: holds none of the model's parameters; make it from model.parameters()")
 
 
 def check_prunable(graph: ChannelGraph) -> None:

@@ -12,10 +12,11 @@ from torch import nn
 
 from ._phases import Phases, in_mode
 from .budget import Budget
-from .checks import check_arguments, check_model, check_optimizer, check_prunable
+from .checks import check_arguments, check_model, check_prunable
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
 from .errors import ArgumentError, CompactionError, TraceError
 from .graph import ChannelGraph, trace
+from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._verify import difference, masked_output
 from .graph.graph import unwrapped
@@ -37,7 +38,7 @@ def prune(
     method: str = "stamp",
     steps: int = 20,
     loss_fn: LossFn | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     example: Any = None,
     keep: Collection[str] = (),
     round_to: int | None = None,
@@ -54,7 +55,8 @@ def prune(
             "random".
         steps: batches that method "stamp" trains on.
         loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets.
-        optimizer: its state is cut along with the parameters.
+        optimizer: one or several; their state is cut along with the parameters. For an average of the weights pass
+            both to `ChannelGraph.compact` instead.
         example: what one forward takes (tensor, tuple or dict; first dim = batch), where the batch's first part is
             not that.
         keep: names of modules or parameters whose channels all stay.
@@ -72,7 +74,7 @@ def prune(
     check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer, seed)
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
-    check_optimizer(network, optimizer)
+    state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
     loss_fn = guarded(loss_fn or cross_entropy)
     inputs = batches.inputs() if example is None else example
     phases = Phases(progress, steps if method == "stamp" else 0)

@@ -517,20 +517,20 @@ def test_every_layer_has_a_verdict():
             super().__init__()
             self.c0, self.c1, self.c2 = nn.Conv2d(1, 16, 3, 1, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
             self.dw, self.c3 = nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 12, 1)
-            self.wn = nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 8, 1))
+            self.sn = nn.utils.parametrizations.spectral_norm(nn.Conv2d(12, 8, 1))
             self.fc, self.unused = nn.Linear(8, 10), nn.Linear(5, 6)
 
         def forward(self, x):
             h = torch.relu(self.c0(x))
             h = self.dw(h + self.c2(torch.relu(self.c1(h))))
-            return self.fc(self.wn(self.c3(h)).mean((2, 3)))
+            return self.fc(self.sn(self.c3(h)).mean((2, 3)))
 
     batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
     report = stamp_fast.report(stamp_fast.prune(Mixed(), [batch], method="magnitude", progress=False))
     rows = {row.name: row for row in report.groups}
     assert set(rows["c0"].layers) == {"c0", "c2", "dw"} and rows["c0"].verdict == "pruned"
-    assert rows["wn"].verdict == "kept" and "_weight_norm_interface" in rows["wn"].reason
+    assert rows["sn"].verdict == "kept" and "aten.mv" in rows["sn"].reason
     assert rows["fc"].reason.startswith("output of the model") and rows["unused"].reason == "unused in this forward"
     named = set(rows) | {layer for row in report.groups for layer in row.layers}
-    assert named == {"c0", "c1", "c2", "dw", "c3", "wn", "fc", "unused"}
+    assert named == {"c0", "c1", "c2", "dw", "c3", "sn", "fc", "unused"}
     assert all(row.reason for row in report.groups if row.verdict == "kept")

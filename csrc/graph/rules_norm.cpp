@@ -78,6 +78,25 @@ void group_norm(Propagator& graph, const Op& op) {
   }
 }
 
+// _weight_norm_interface(v, g, dim): each slice of v along dim is scaled to the length that g gives. The length is that
+// of the live part, hence inexact along the other dims.
+void weight_norm(Propagator& graph, const Op& op) {
+  const int32_t v = tensor_arg(op, 0);
+  const int32_t g = tensor_arg(op, 1);
+  const int dim = wrap_dim(int_arg(op, 2), graph.rank(v));
+  Labels labels = graph.labels_of(v);
+  for (int d = 0; d < graph.rank(v); ++d) {
+    if (d != dim)
+      graph.read(v, d, false);
+    else if (graph.shape(v)[d] > 1)
+      labels[d] = graph.join(labels[d], graph.axis(g, d));
+  }
+  Labels lengths(graph.rank(op.outs[1]));
+  lengths.at(dim) = labels[dim];
+  graph.set(op.outs[0], std::move(labels));
+  graph.set(op.outs[1], std::move(lengths));
+}
+
 // softmax(x, dim, ...): normalises over the live positions of dim. Where some of them can never go they are classes of
 // an output, and then so are the others (the background of a detector).
 void softmax(Propagator& graph, const Op& op) {
@@ -141,6 +160,7 @@ void add_norm_rules(RuleTable& table) {
     table[name] = batch_norm;
   table["native_layer_norm"] = layer_norm;
   table["native_group_norm"] = group_norm;
+  table["_weight_norm_interface"] = weight_norm;
   for (const char* name : {"_softmax", "_log_softmax", "_safe_softmax"}) table[name] = softmax;
   table["sum"] = sum;
   for (const char* name : {"mean", "amax", "amin", "var", "std", "logsumexp", "any", "all", "prod"})

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import ArgumentError
 from . import _history
+from ._optimizers import Optimizers, state_by_parameter
 from ._plan import Plan
+from ._record import slot_tensors
 from ._snapshot import Snapshot, replace_data
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
 
-def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | None, ema: nn.Module | None) -> None:
+def apply(graph: ChannelGraph, plan: Plan, optimizer: Optimizers, ema: nn.Module | None) -> None:
     """Cuts parameters, buffers, gradients, optimizer state and module attributes, in place.
 
     Parameter objects stay the same, so optimizers, tied modules and hooks keep hold of them.
@@ -32,8 +36,8 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
         tensors.append(tensor.detach())
         puts.append(put)
 
-    averages = _averages(graph, ema)
-    twins = _twin_modules(graph.model, ema)
+    states = state_by_parameter(graph.model, optimizer)
+    average = _matching(graph, ema)
     for i, slot in enumerate(graph.slots):
         if not plan.shrinks(i):
             continue
@@ -41,16 +45,14 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
         cut(i, owner, partial(_put_data, owner))
         if owner.grad is not None:
             cut(i, owner.grad, partial(setattr, owner, "grad"))
-        if i in averages:
-            cut(i, averages[i], partial(_put_data, averages[i]))
-        state = optimizer.state.get(owner, {}) if optimizer is not None else {}
-        for key, value in state.items():
-            if _follows(value, owner, f"optimizer: state '{key}' of '{slot.name}'"):
-                cut(i, value, partial(state.__setitem__, key))
+        if average is not None:
+            cut(i, average[slot.name], partial(_put_data, average[slot.name]))
+        for state, key in states.get(id(owner), ()):
+            cut(i, state[key], partial(state.__setitem__, key))
     with torch.no_grad():
-        new = plan.gather(slot_of, tensors)
-        new = [t.contiguous(memory_format=_format(old)) for t, old in zip(new, tensors, strict=True)]
+        new = _gather(plan, slot_of, tensors)
 
+    twins = _twin_modules(graph, ema)
     snapshot = Snapshot(graph.model, optimizer, ema)
     try:
         for put, tensor in zip(puts, new, strict=True):
@@ -59,39 +61,72 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: torch.optim.Optimizer | No
         for module, name, value in plan.attributes:
             for target in (module, *twins.get(module, ())):
                 setattr(target, name, value)
+        for module in graph.model.modules():
+            for target in (module, *twins.get(module, ())):
+                _recompute_weights(target)
     except BaseException:
         snapshot.restore()
         raise
 
 
-def _follows(value: Any, owner: torch.Tensor, what: str) -> bool:
-    """Whether a piece of optimizer state is cut with its parameter: along every dim where it has the same size.
+def _gather(plan: Plan, slot_of: list[int], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The live part of every tensor, in its memory format."""
+    dense = [i for i, tensor in enumerate(tensors) if tensor.layout == torch.strided]
+    packed = plan.gather([slot_of[i] for i in dense], [tensors[i] for i in dense])
+    new = {i: t.contiguous(memory_format=_format(tensors[i])) for i, t in zip(dense, packed, strict=True)}
+    for i in range(len(tensors)):
+        if i not in new:  # the gradient of an embedding made with sparse=True
+            new[i] = tensors[i]
+            for dim, index in enumerate(plan.kept[slot_of[i]]):
+                new[i] = new[i] if index is None else new[i].index_select(dim, index.to(new[i].device))
+    return [new[i] for i in range(len(tensors))]
+
+
+def _matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Tensor] | None:
+    """The average's parameters and buffers by the model's names.
 
     Raises:
-        ArgumentError: it is neither shaped like the parameter nor a single number.
+        ArgumentError: not a module, a name is missing, or a shape differs.
     """
-    if not isinstance(value, (torch.Tensor, list, tuple, dict)) or (
-        isinstance(value, torch.Tensor) and value.numel() == 1
-    ):
-        return False
-    if isinstance(value, torch.Tensor) and value.dim() == owner.dim():
-        sizes = zip(value.shape, owner.shape, strict=True)
-        if all(mine in (1, theirs) for mine, theirs in sizes):
-            return True
-    raise ArgumentError(
-        f"{what} is not shaped like the parameter, so it cannot be cut with it; prune without optimizer= and make "
-        "a new optimizer afterwards"
-    )
+    if ema is None:
+        return None
+    named = slot_tensors(_inner(graph, ema))
+    for slot in graph.slots:
+        if slot.name not in named:
+            raise ArgumentError(f"ema: has no parameter or buffer named '{slot.name}'")
+        theirs = named[slot.name].shape
+        if theirs != slot.tensor.shape:
+            raise ArgumentError(f"ema: '{slot.name}' has shape {tuple(theirs)}, the model's {tuple(slot.tensor.shape)}")
+    return named
 
 
-def _twin_modules(model: nn.Module, ema: nn.Module | None) -> dict[nn.Module, tuple[nn.Module, ...]]:
+def _inner(graph: ChannelGraph, ema: Any) -> nn.Module:
+    """The copy of the model in its average, which may be wrapped (`AveragedModel`) or compiled."""
+    if not isinstance(ema, nn.Module):
+        raise ArgumentError(f"ema: expected a torch.nn.Module, got {type(ema).__name__}; cut its copy of the model")
+    first = graph.slots[0].name if graph.slots else ""
+    while first not in slot_tensors(ema):
+        inside = getattr(ema, "_orig_mod", None) or getattr(ema, "module", None)
+        if not isinstance(inside, nn.Module):
+            break
+        ema = inside
+    return ema
+
+
+def _twin_modules(graph: ChannelGraph, ema: nn.Module | None) -> dict[nn.Module, tuple[nn.Module, ...]]:
     """For each module of the model the one of the same name in its average, if there is an average."""
-    named = dict(ema.named_modules()) if ema is not None else {}
-    twins = {
-        module: named.get(name) if name in named else named.get(f"module.{name}")
-        for name, module in model.named_modules()
-    }
-    return {module: (twin,) for module, twin in twins.items() if twin is not None}
+    if ema is None:
+        return {}
+    named = dict(_inner(graph, ema).named_modules())
+    return {module: (named[name],) for name, module in graph.model.named_modules() if name in named}
+
+
+def _recompute_weights(module: nn.Module) -> None:
+    """`weight_norm` and the masks of `torch.nn.utils.prune` keep the weight they compute as a plain attribute."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, BasePruningMethod)):
+            with torch.no_grad():
+                hook(module, ())
 
 
 def _put_data(owner: torch.Tensor, data: torch.Tensor) -> None:
@@ -106,21 +141,3 @@ def _format(tensor: torch.Tensor) -> torch.memory_format:
     if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d) and not tensor.is_contiguous():
         return torch.channels_last_3d
     return torch.contiguous_format
-
-
-def _averages(graph: ChannelGraph, ema: nn.Module | None) -> dict[int, torch.Tensor]:
-    if ema is None:
-        return {}
-    named = dict(ema.named_parameters())
-    named.update(ema.named_buffers())
-    found = {}
-    for i, slot in enumerate(graph.slots):
-        tensor = named.get(slot.name, named.get("module." + slot.name))
-        if tensor is None:
-            raise ArgumentError(f"ema: has no parameter or buffer named '{slot.name}'")
-        if tensor.shape != slot.tensor.shape:
-            raise ArgumentError(
-                f"ema: '{slot.name}' has shape {tuple(tensor.shape)}, the model's {tuple(slot.tensor.shape)}"
-            )
-        found[i] = tensor
-    return found

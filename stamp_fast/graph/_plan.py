@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..ops import pack_weights
+from ._align import base_name
 from ._record import Ref
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, A
     changes = []
     for name, module in graph.model.named_modules():
         weight = new_shape.get((id(module), "weight"))
+        if weight is None and isinstance(module, (_ConvNd, nn.Linear)):
+            weight = _computed_weight(graph, plan, name)
         widths = _widths(module, weight, scalars.get(name, {}), new_shape)
         if isinstance(module, _NormBase) and not widths:
             widths = _width_of_input(graph, plan, name)
@@ -204,6 +207,16 @@ def _bound(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:
         if old != value:
             changes.append((module, attribute, value))
     return changes
+
+
+def _computed_weight(graph: ChannelGraph, plan: Plan, name: str) -> tuple[int, ...] | None:
+    """A layer whose weight is made of others (parametrized, masked): the shape with which it calls its operator."""
+    for call in graph.recording.calls:
+        operator = base_name(call.name)
+        if call.module == name and operator in ("convolution", "mm", "addmm"):
+            shape = graph._core.shapes(graph._bytes(plan.keep))[call.args[2 if operator == "addmm" else 1]]
+            return tuple(shape) if operator == "convolution" else tuple(shape[::-1])
+    return None
 
 
 def _width_of_input(graph: ChannelGraph, plan: Plan, name: str) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
+from ._hooks import WatchedHooks
 from ._shapes import FAST, remembered
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class _Recorder(TorchDispatchMode):
         self.modules: list[str] = []
         self._index: dict[int, int] = {}
         self._twins: dict[int, torch.Tensor] = {}
-        self._alive: list[torch.Tensor] = []
+        self.made: list[torch.Tensor] = []
         self._storages = {}
         for position, tensor in enumerate(tensors.values()):
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -192,17 +193,21 @@ class _Recorder(TorchDispatchMode):
         self._index[id(tensor)] = position
         self._index[id(twin)] = position
         self._twins[id(tensor)] = twin
-        self._alive += [tensor, twin]
+        self.made += [tensor, twin]
 
     def add(self, tensor: torch.Tensor) -> int:
         """Index of a tensor that no recorded operator has made."""
         position = len(self.recording.shapes)
         self.recording.shapes.append(tuple(tensor.shape))
         self._index[id(tensor)] = position
-        self._alive.append(tensor)
+        self.made.append(tensor)
         if tensor.device.type != "meta" and tensor.numel() <= _SMALL:
             self.recording.values[position] = tuple(tensor.detach().flatten().tolist())
         return position
+
+    def add_all(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self.add(tensor)
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The meta tensor that stands for a parameter or buffer."""
@@ -441,12 +446,14 @@ def _record_forward(
                 module.__dict__["_flat_weights"] = [
                     recorder.twin(module._parameters[n]) for n in module._flat_weights_names
                 ]
-        for tensor in _output_tensors(inputs):
-            recorder.add(tensor)
+        hooks = WatchedHooks(model, recorder.made, lambda: len(recording.calls))
+        recorder.add_all(_output_tensors(inputs))
         with _module_names(model, recorder.modules):
             try:
                 with recorder:
                     output = call_model(model, inputs)
+            except TraceError:
+                raise
             except Exception as error:
                 running = _running_modules(model, error)
                 where = f" in module '{running[0]}'" if running and running[0] else ""
@@ -462,6 +469,8 @@ def _record_forward(
     if not indices:
         raise TraceError(f"trace: {type(model).__name__}.forward returned no tensor (got {type(output).__name__})")
     recording.outputs += indices
+    del recorder, inputs, output
+    hooks.check_nothing_kept()
 
 
 def _running_modules(model: nn.Module, error: BaseException) -> tuple[str, ...]:

@@ -63,9 +63,9 @@ def compare(graph: ChannelGraph, plan: _plan.Plan) -> Mismatch | None:
     """Replays the network that the plan makes, up to the first mismatch. Changes nothing."""
     small = {}
     for i, slot in enumerate(graph.slots):
-        if plan.shrinks(i):
-            tensor = torch.empty(plan.shape(i), dtype=slot.tensor.dtype, device="meta")
-            small[i] = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else tensor
+        # All of them, or an operator that the recorder does not see meets tensors on two devices.
+        tensor = torch.empty(plan.shape(i), dtype=slot.tensor.dtype, device="meta")
+        small[i] = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad) if slot.is_parameter else tensor
     comparison = _Comparison(graph, plan)
     try:
         with _plan.swapped(plan, small):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ._optimizers import Optimizers, listed
+
 
 class Snapshot:
-    """State of a model, and of the optimizer and average that go with it, from which `restore` goes back.
+    """State of a model, and of the optimizers and average that go with it, from which `restore` goes back.
 
     Args:
         copy_values: also guards against in-place changes of parameters and buffers, at the price of a copy of them.
@@ -16,7 +18,7 @@ class Snapshot:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         ema: nn.Module | None = None,
         copy_values: bool = False,
     ) -> None:
@@ -30,8 +32,11 @@ class Snapshot:
             (t, t.data, t.data.clone(memory_format=torch.preserve_format) if copy_values else None, t.grad)
             for t in tensors.values()
         ]
-        states = optimizer.state if optimizer is not None else {}
-        self.states = [(state, dict(state)) for state in states.values() if isinstance(state, dict)]
+        states = [state for one in listed(optimizer) for state in one.state.values()]
+        self.states = [(state, dict(state)) for state in states if isinstance(state, dict)]
+        self.rng = torch.get_rng_state()
+        homes = {t.device for t in tensors.values() if t.is_cuda}
+        self.device_rng = [(device, torch.cuda.get_rng_state(device)) for device in homes]
 
     def restore(self) -> None:
         for module, attributes in self.attributes:
@@ -49,6 +54,9 @@ class Snapshot:
         for state, saved in self.states:
             state.clear()
             state.update(saved)
+        torch.set_rng_state(self.rng)
+        for device, rng in self.device_rng:
+            torch.cuda.set_rng_state(rng, device)
 
 
 def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:

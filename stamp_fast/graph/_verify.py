@@ -104,7 +104,7 @@ class _Masked(Aligned):
                     continue
                 shape = list(small.shape)
                 shape[dim] = alive.numel()
-                dense = small.new_zeros(shape)
+                dense = small.new_ones(shape)  # any number that stays finite: a length of 0 would divide what is dead
                 dense.index_copy_(dim, alive.nonzero().flatten().to(small.device), small)
                 small = dense
             outs[k] = small

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._load import graph_core
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
+from ._optimizers import Optimizers
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -315,17 +317,19 @@ class ChannelGraph:
     def compact(
         self,
         keep: torch.Tensor,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         ema: nn.Module | None = None,
     ) -> nn.Module:
         """Takes the channels out for good, in place, all or nothing. The graph describes the old network afterwards.
 
         Args:
             keep: bool, [num_classes].
-            optimizer: its per-parameter state is cut with the parameters; param_groups stay as they are.
-            ema: a module with the same parameter names (optionally under ``module.``) that is cut alike.
+            optimizer: one or several; their per-parameter state is cut with the parameters, param_groups stay as
+                they are. L-BFGS and others whose state is not per parameter are refused once they have stepped.
+            ema: an average of the model that is cut alike: a copy of it, or a wrapper (`AveragedModel`) around one.
 
         Raises:
+            ArgumentError: `keep`, `optimizer` or `ema` do not fit; nothing has changed.
             CompactionError: the replay of the smaller network differs from the prediction; nothing has changed.
         """
         plan = self.plan(keep)
@@ -400,9 +404,18 @@ def unwrapped(model: Any) -> nn.Module:
         return original
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: a ScriptModule cannot be pruned; prune the original module and script it again")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"model: is wrapped in {type(model).__name__}; prune `model.module` and wrap it again")
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            what = f"'{name}' is" if name else "is"
+            raise ModelError(
+                f"model: {what} wrapped in {type(module).__name__}; prune `model.module`, then wrap it again"
+            )
     for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter.data):
+            raise ModelError(
+                f"model: parameter '{name}' is a {type(parameter.data).__name__}, sharded or quantised; prune before "
+                "that is done to the model"
+            )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"model: parameter '{name}' is lazy and has no shape yet; run one forward first")
     return model

@@ -81,15 +81,21 @@ def adapt(
 
 @contextmanager
 def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """The caller's gradients are neither trained on nor changed."""
+    """The caller's gradients are neither trained on nor changed, and an optimizer that steps in the backward rests."""
     saved = [(p, p.grad) for p in model.parameters()]
+    hooks = [table for p, _ in saved if (table := p._post_accumulate_grad_hooks)]
+    contents = [table.copy() for table in hooks]
     try:
+        for table in hooks:
+            table.clear()
         for parameter, _ in saved:
             parameter.grad = None
         yield
     finally:
         for parameter, grad in saved:
             parameter.grad = grad
+        for table, content in zip(hooks, contents, strict=True):
+            table.update(content)
 
 
 def standardised(graph: ChannelGraph, means: torch.Tensor) -> torch.Tensor:
