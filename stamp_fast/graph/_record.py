@@ -3,73 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
-import sys
-from collections.abc import Callable, Iterator
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
 from ._hooks import WatchedHooks
-from ._shapes import FAST, remembered
+from ._recorder import Call, Recorder, Recording, Ref, Watch, module_names
+from ._undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from ._align import Aligned
 
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_OWN_DIR = os.path.dirname(os.path.dirname(__file__))
-_BATCH = 2
-_SMALL = 64  # elements of a constant whose values are kept
+__all__ = ["Call", "Recording", "Ref", "call_model", "evaluate", "record", "refs_in", "slot_tensors", "undisturbed"]
 
-
-class Ref(int):
-    """Index of a tensor among an operator's recorded arguments."""
-
-
-@dataclasses.dataclass
-class Call:
-    """One operator call: arguments in schema order, tensors replaced by `Ref`."""
-
-    name: str
-    args: tuple
-    outs: list[int]
-    module: str
-    source: str
-
-    def __str__(self) -> str:
-        where = f" in module '{self.module}'" if self.module else ""
-        return f"{self.name}{where} at {self.source}"
-
-
-@dataclasses.dataclass
-class Recording:
-    """What one or more forwards of a model did. Tensors [0, len(slots)) are its parameters and buffers."""
-
-    slots: list[str]
-    shapes: list[tuple[int, ...]]
-    calls: list[Call]
-    outputs: list[int]
-    pinned: list[int]
-    values: dict[int, tuple] = dataclasses.field(default_factory=dict)  # of small constant tensors
-    costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
-
-
-# Called after every operator with the recording so far, the call and the stack of running modules; may raise.
-Watch = Callable[[Recording, Call, list[str]], None]
+BATCH = 2  # of a trace: 1 would hide a batch that absorbs channels
 
 
 def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer once, by its first name."""
-    named = dict(model.named_parameters())
-    named.update(model.named_buffers())
-    return named
+    parameters: dict[str, torch.Tensor] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        start = prefix + "." if prefix else ""
+        for found, table in ((parameters, module._parameters), (buffers, module._buffers)):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[start + name] = tensor
+    return parameters | buffers
 
 
 def batch_of_two(example: Any) -> Any:
@@ -86,7 +51,7 @@ def batch_of_two(example: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         has_batch = value.dim() and value.shape[0] == batch
-        shape = (_BATCH, *value.shape[1:]) if has_batch else value.shape
+        shape = (BATCH, *value.shape[1:]) if has_batch else value.shape
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
     return tree_map(convert, example)
@@ -114,241 +79,6 @@ def fresh(inputs: Any) -> Any:
     return tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, inputs)
 
 
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restores whatever a forward may change: flags, caches in modules' __dict__, RNG, attention switches."""
-    saved = []
-    for module in model.modules():
-        # Most containers of a module are empty tables of hooks: those need no copy.
-        containers = [v for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
-        full = [(v, v.copy()) for v in containers if v]
-        saved.append((module.__dict__, module.__dict__.copy(), full, [v for v in containers if not v]))
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    rng = torch.get_rng_state()
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.use_deterministic_algorithms(False)  # it makes other operators of some, on some devices
-    try:
-        with (
-            torch.no_grad(),
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            torch.autocast(_autocast_device(model), enabled=False),
-        ):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch.set_rng_state(rng)
-        for attributes, before, full, empty in saved:
-            for container in empty:
-                if container:
-                    container.clear()
-            for container, contents in full:
-                _restore_container(container, contents)
-            _restore_container(attributes, before)
-
-
-def _autocast_device(model: nn.Module) -> str:
-    first = next(iter(slot_tensors(model).values()), None)
-    return "cuda" if first is not None and first.is_cuda else "cpu"
-
-
-def _restore_container(value: Any, saved: Any) -> None:
-    if isinstance(value, list):
-        value[:] = saved
-    elif isinstance(value, set):
-        if value != saved:
-            value.clear()
-            value.update(saved)
-    elif not (
-        len(value) == len(saved) and all(map(is_, value.values(), saved.values())) and value.keys() == saved.keys()
-    ):
-        value.clear()
-        value.update(saved)
-
-
-class _Recorder(TorchDispatchMode):
-    """Sends every operator to meta tensors and writes it down."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the wrapper that would keep dynamo away costs more than the operator
-
-    def __init__(self, recording: Recording, tensors: dict[str, torch.Tensor], watch: Watch | None) -> None:
-        super().__init__()
-        self.recording = recording
-        self.watch = watch
-        self.modules: list[str] = []
-        self._index: dict[int, int] = {}
-        self._twins: dict[int, torch.Tensor] = {}
-        self.made: list[torch.Tensor] = []
-        self._storages = {}
-        for position, tensor in enumerate(tensors.values()):
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            self._adopt(tensor, twin, position)
-            if tensor.device.type != "meta":
-                self._storages[tensor.untyped_storage().data_ptr()] = position
-
-    def _adopt(self, tensor: torch.Tensor, twin: torch.Tensor, position: int) -> None:
-        self._index[id(tensor)] = position
-        self._index[id(twin)] = position
-        self._twins[id(tensor)] = twin
-        self.made += [tensor, twin]
-
-    def add(self, tensor: torch.Tensor) -> int:
-        """Index of a tensor that no recorded operator has made."""
-        position = len(self.recording.shapes)
-        self.recording.shapes.append(tuple(tensor.shape))
-        self._index[id(tensor)] = position
-        self.made.append(tensor)
-        if tensor.device.type != "meta" and tensor.numel() <= _SMALL:
-            self.recording.values[position] = tuple(tensor.detach().flatten().tolist())
-        return position
-
-    def add_all(self, tensors: list[torch.Tensor]) -> None:
-        for tensor in tensors:
-            self.add(tensor)
-
-    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The meta tensor that stands for a parameter or buffer."""
-        return self._twins.get(id(tensor), tensor)
-
-    def index_of(self, tensor: torch.Tensor) -> int | None:
-        return self._index.get(id(tensor))
-
-    def _to_meta(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if value.device.type == "meta":
-            if id(value) not in self._index:
-                self.add(value)
-            return value
-        twin = self._twins.get(id(value))
-        if twin is None:
-            position = self._index.get(id(value))
-            if position is None:
-                position = self.add(value)
-                owner = self._storages.get(value.untyped_storage().data_ptr())
-                if owner is not None:
-                    self.recording.pinned.append(owner)
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            self._adopt(value, twin, position)
-        return twin
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        flat = _tensors_in(args) + _tensors_in(kwargs)
-        if all(t.device.type != "meta" and id(t) not in self._twins for t in flat):
-            # Constants computed from constants keep their values: a forward may ask for them.
-            result = func(*args, **kwargs)
-        else:
-            meta_args = _map(self._to_meta, args)
-            meta_kwargs = {k: _map(self._to_meta, v) for k, v in kwargs.items()}
-            if "device" in meta_kwargs and meta_kwargs["device"] is not None:
-                meta_kwargs["device"] = torch.device("meta")
-            fast = FAST.get(func)
-            result = NotImplemented if fast is None or meta_kwargs else fast(meta_args)
-            if result is NotImplemented:
-                try:
-                    result = remembered(func, meta_args, meta_kwargs)
-                except (NotImplementedError, RuntimeError) as error:
-                    # What a library of operators cannot say on meta tensors is not said as NotImplementedError.
-                    if func.namespace == "aten" and not isinstance(error, NotImplementedError):
-                        raise
-                    result = _on_real_zeros(func, meta_args, meta_kwargs)
-        self._write(func, args, kwargs, result)
-        return result
-
-    def _write(self, func, args, kwargs, result) -> None:
-        refs = tuple(_map(self._to_ref, value) for value in _in_schema_order(func, args, kwargs))
-        shapes = self.recording.shapes
-        outs = []
-        for tensor in _tensors_in((result,)):
-            position = self._index.get(id(tensor))
-            if position is None or shapes[position] != tuple(tensor.shape):  # new, or changed in place
-                position = self.add(tensor)
-                source = refs[0] if refs and isinstance(refs[0], Ref) else None
-                if source in self.recording.values and shapes[source] == shapes[position]:
-                    # A constant that is moved to the device of the activations keeps its value.
-                    self.recording.values.setdefault(position, self.recording.values[source])
-            outs.append(position)
-        if outs:
-            module = self.modules[-1] if self.modules else ""
-            call = Call(str(func), refs, outs, module, _source_line())
-            self.recording.calls.append(call)
-            if self.watch is not None:
-                self.watch(self.recording, call, self.modules)
-
-    def _to_ref(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            position = self._index.get(id(value))
-            return Ref(self.add(value) if position is None else position)
-        return value
-
-
-def _map(function, value: Any) -> Any:
-    # Operator arguments nest lists and tuples at most; pytree costs ten times as much.
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_map(function, item) for item in value])
-    return value
-
-
-def _tensors_in(values: Any) -> list[torch.Tensor]:
-    found = []
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors_in(value)
-    return found
-
-
-_schemas: dict[Any, list[tuple[str, Any]]] = {}
-
-
-def _in_schema_order(func, args: tuple, kwargs: dict) -> list:
-    schema = _schemas.get(func)
-    if schema is None:
-        schema = [(a.name, a.default_value) for a in func._schema.arguments]
-        _schemas[func] = schema
-    ordered = list(args)
-    for name, default in schema[len(args) :]:
-        ordered.append(kwargs.get(name, default))
-    return ordered
-
-
-def _on_real_zeros(func, args: tuple, kwargs: dict) -> Any:
-    """An operator without a meta kernel runs on zeros, for its output shapes."""
-
-    def real(value: Any) -> Any:
-        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-
-    kwargs = {k: _map(real, v) for k, v in kwargs.items()}
-    if "device" in kwargs:
-        kwargs["device"] = torch.device("cpu")
-    result = func(*_map(real, args), **kwargs)
-    return _map(lambda t: torch.empty_like(t, device="meta"), result)
-
-
-_library_file: dict[str, bool] = {}
-
-
-def _source_line() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        is_library = _library_file.get(filename)
-        if is_library is None:
-            is_library = filename.startswith((_TORCH_DIR, _OWN_DIR + os.sep + "graph")) or "contextlib" in filename
-            _library_file[filename] = is_library
-        if not is_library:
-            return f"{filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown source"
-
-
 def _output_tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
@@ -364,28 +94,6 @@ def _output_tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
     return [t for item in items for t in _output_tensors(item, depth + 1)]
 
 
-@contextlib.contextmanager
-def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def enter(module, args):
-        stack.append(names.get(id(module), type(module).__name__))
-
-    def leave(module, args, output):
-        stack.pop()
-
-    # Global hooks leave no trace in the modules themselves.
-    handles = [
-        _hooks.register_module_forward_pre_hook(enter),
-        _hooks.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def record(model: nn.Module, example: Any, watch: Watch | None = None) -> Recording:
     """Records one eval-mode forward, and a train-mode one where parameters are used in training only.
 
@@ -399,9 +107,9 @@ def record(model: nn.Module, example: Any, watch: Watch | None = None) -> Record
     """
     tensors = slot_tensors(model)
     recording = Recording(list(tensors), [tuple(t.shape) for t in tensors.values()], [], [], [])
-    _record_forward(model, tensors, example, recording, watch, training=False)
+    used = _record_forward(model, tensors, example, recording, watch, training=False)
     recording.costed = len(recording.calls)
-    if _unused(recording):
+    if not all(is_used or not shape for is_used, shape in zip(used, recording.shapes, strict=False)):
         attempt = Recording(recording.slots, list(recording.shapes), [], [], [])
         with contextlib.suppress(TraceError):
             _record_forward(model, tensors, example, attempt, watch, training=True)
@@ -411,11 +119,6 @@ def record(model: nn.Module, example: Any, watch: Watch | None = None) -> Record
             recording.pinned += attempt.pinned
             recording.values |= attempt.values
     return recording
-
-
-def _unused(recording: Recording) -> bool:
-    used = {position for call in recording.calls for position in refs_in(call.args)}
-    return any(slot not in used and recording.shapes[slot] for slot in range(len(recording.slots)))
 
 
 def refs_in(value: Any) -> list[int]:
@@ -434,12 +137,13 @@ def _record_forward(
     recording: Recording,
     watch: Watch | None,
     training: bool,
-) -> None:
+) -> bytearray:
+    """Adds a forward to the recording; which parameters and buffers it used."""
     inputs = batch_of_two(example)
     with undisturbed(model):
         for module in model.modules():
             module.training = training
-        recorder = _Recorder(recording, tensors, watch)
+        recorder = Recorder(recording, tensors, watch)
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 # It keeps its parameters in a list too, and checks their device against the input's.
@@ -448,7 +152,7 @@ def _record_forward(
                 ]
         hooks = WatchedHooks(model, recorder.made, lambda: len(recording.calls))
         recorder.add_all(_output_tensors(inputs))
-        with _module_names(model, recorder.modules):
+        with module_names(model, recorder.modules):
             try:
                 with recorder:
                     output = call_model(model, inputs)
@@ -469,8 +173,10 @@ def _record_forward(
     if not indices:
         raise TraceError(f"trace: {type(model).__name__}.forward returned no tensor (got {type(output).__name__})")
     recording.outputs += indices
+    used = recorder.used
     del recorder, inputs, output
     hooks.check_nothing_kept()
+    return used
 
 
 def _running_modules(model: nn.Module, error: BaseException) -> tuple[str, ...]:
@@ -501,5 +207,5 @@ def evaluate(model: nn.Module, inputs: Any, mode: Aligned | None = None) -> Any:
         model.eval()
         if mode is None:
             return call_model(model, fresh(inputs))
-        with _module_names(model, mode.running), mode:
+        with module_names(model, mode.running), mode:
             return call_model(model, fresh(inputs))

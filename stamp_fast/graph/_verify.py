@@ -10,6 +10,7 @@ from ..errors import TraceError
 from . import _record
 from ._align import Aligned
 from ._record import Ref
+from ._recorder import in_schema_order
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -64,7 +65,7 @@ class _Masked(Aligned):
     def on_call(self, op: int, func, args: tuple, kwargs: dict):
         if op not in self.reads:
             return func(*args, **kwargs)
-        values = _record._in_schema_order(func, args, kwargs)
+        values = in_schema_order(func, args, kwargs)
         if all(read.exact for read in self.reads[op]):
             return self._masked(func, values, op)
         return self._on_live_part(func, values, op)

@@ -229,7 +229,7 @@ class ChannelGraph:
 
     def macs(self, keep: torch.Tensor | None = None) -> int:
         """Multiply-accumulates of one forward of one example, of the whole network or of what `keep` leaves."""
-        return self._core.macs(self._bytes(keep)) // _record._BATCH
+        return self._core.macs(self._bytes(keep)) // _record.BATCH
 
     def params(self, keep: torch.Tensor | None = None) -> int:
         """Number of parameters, of the whole network or of what `keep` leaves."""

@@ -1,0 +1,79 @@
+"""Runs a forward so that nothing is left of it: flags, caches in modules' __dict__, RNG, attention switches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+_TABLES = frozenset(("_parameters", "_buffers", "_modules"))
+# Every module has these, and most are empty tables of hooks.
+_STANDARD = frozenset(nn.Module().__dict__) - _TABLES
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restores whatever a forward may change."""
+    saved = [_state_of(module) for module in model.modules()]
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    rng = torch.get_rng_state()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.use_deterministic_algorithms(False)  # it makes other operators of some, on some devices
+    try:
+        with (
+            torch.no_grad(),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            torch.autocast(_autocast_device(model), enabled=False),
+        ):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.set_rng_state(rng)
+        for attributes, before, full, empty in saved:
+            for container in empty:
+                if container:
+                    container.clear()
+            for container, contents in full:
+                _restore_container(container, contents)
+            _restore_container(attributes, before)
+
+
+def _state_of(module: nn.Module) -> tuple[dict, dict, list, list]:
+    """A module's __dict__, a copy of it, its containers with copies, and its empty containers."""
+    attributes = module.__dict__
+    full, empty = [], []
+    for name, value in attributes.items():
+        if name in _STANDARD and not value:
+            continue
+        if isinstance(value, (dict, list, set)):
+            if value:
+                full.append((value, value.copy()))
+            else:
+                empty.append(value)
+    return attributes, attributes.copy(), full, empty
+
+
+def _autocast_device(model: nn.Module) -> str:
+    first = next(model.parameters(), None)
+    first = next(model.buffers(), None) if first is None else first
+    return "cuda" if first is not None and first.is_cuda else "cpu"
+
+
+def _restore_container(value: Any, saved: Any) -> None:
+    if isinstance(value, list):
+        value[:] = saved
+    elif isinstance(value, set):
+        if value != saved:
+            value.clear()
+            value.update(saved)
+    elif not (
+        len(value) == len(saved) and all(map(is_, value.values(), saved.values())) and value.keys() == saved.keys()
+    ):
+        value.clear()
+        value.update(saved)
