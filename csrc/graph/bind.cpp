@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 
@@ -94,11 +95,12 @@ py::list terms(const std::vector<CostTerm>& costs) {
   return result;
 }
 
-py::object slot_axis(const ChannelGraph& graph, int32_t slot, int dim) {
-  const int32_t axis = graph.axis_of(slot, dim);
-  if (axis < 0) return py::none();
-  const auto& layer = graph.axes()[axis].layers[0];
-  return py::array_t<int32_t>(static_cast<py::ssize_t>(layer.size()), layer.data());
+// int64, as torch indexes with.
+py::array_t<int64_t> axis_classes(const ChannelGraph& graph, int32_t axis) {
+  const auto& layer = graph.axes().at(axis).layers[0];
+  py::array_t<int64_t> classes(static_cast<py::ssize_t>(layer.size()));
+  std::copy(layer.begin(), layer.end(), classes.mutable_data());
+  return classes;
 }
 
 }  // namespace
@@ -150,7 +152,9 @@ PYBIND11_MODULE(_graph, m) {
       .def_property_readonly("params_terms", [](const ChannelGraph& graph) { return terms(graph.params_terms()); })
       .def_property_readonly("reads", &ChannelGraph::reads)
       .def("axis_of", [](const ChannelGraph& graph, int32_t tensor, int dim) { return graph.axis_of(tensor, dim); })
-      .def("slot_axis", &slot_axis, "Class of every position along a slot's dim, or None where it never shrinks.")
+      .def_property_readonly("slot_axes", &ChannelGraph::slot_axes,
+                             "Per slot and dim the axis; -1 if it never shrinks.")
+      .def("axis_classes", &axis_classes, "Class of every position of an axis; -1 where it never goes.")
       .def("macs", [](const ChannelGraph& graph,
                       const Keep& keep) { return graph.cost(graph.macs_terms(), checked(graph, keep)); })
       .def("params", [](const ChannelGraph& graph,

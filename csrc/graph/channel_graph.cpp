@@ -119,8 +119,13 @@ int32_t ChannelGraph::intern(const Axis& axis) {
     made.size = static_cast<int64_t>(layer->size());
     if (shrinks) made.layers.push_back(std::move(positions));
   }
-  const int32_t index = made.layers.empty() ? -1 : static_cast<int32_t>(axes_.size());
-  if (index >= 0) axes_.push_back(std::move(made));
+  int32_t index = -1;
+  if (!made.layers.empty()) {
+    // A weight and its norm's four vectors have ids of their own, and the same classes.
+    const auto [entry, is_new] = by_content_.emplace(made.layers, static_cast<int32_t>(axes_.size()));
+    index = entry->second;
+    if (is_new) axes_.push_back(std::move(made));
+  }
   interned_.emplace(std::move(key), index);
   return index;
 }

@@ -69,6 +69,10 @@ class ChannelGraph {
   // Index into axes() of a tensor's dim, -1 where the dim never shrinks.
   int32_t axis_of(int32_t tensor, int dim) const { return tensor_axes_[tensor][dim]; }
 
+  std::vector<std::vector<int32_t>> slot_axes() const {
+    return {tensor_axes_.begin(), tensor_axes_.begin() + record_.num_slots};
+  }
+
   // keep: one byte per class. Live positions of an axis.
   int64_t live(int32_t axis, const uint8_t* keep) const;
   // Live positions among the first `end` of an axis.
@@ -98,6 +102,7 @@ class ChannelGraph {
   std::vector<int32_t> group_of_class_;
   std::vector<ClassAxis> axes_;
   std::map<std::vector<const void*>, int32_t> interned_;
+  std::map<std::vector<std::vector<int32_t>>, int32_t> by_content_;
   std::vector<std::vector<int32_t>> tensor_axes_;
   std::vector<CostTerm> macs_;
   std::vector<CostTerm> params_;

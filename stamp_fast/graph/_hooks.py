@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import StampFastError, TraceError
+from ._undisturbed import named_modules
 
 _CURE = "take it off (`handle.remove()`) while pruning and register it again afterwards"
 
@@ -30,7 +31,7 @@ class WatchedHooks:
         self._parameters = {id(t) for t in made}
         self._calls_done = calls_done
         self._seen: dict[str, list[weakref.ref]] = {}
-        for name, module in model.named_modules():
+        for name, module in named_modules(model).items():
             for kind, table in (
                 ("forward pre-hook", module._forward_pre_hooks),
                 ("forward hook", module._forward_hooks),

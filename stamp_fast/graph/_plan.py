@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..ops import pack_weights
 from ._align import base_name
 from ._record import Ref
+from ._undisturbed import named_modules
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -174,7 +175,7 @@ def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, A
         scalars.setdefault(graph.recording.calls[op].module, {})[arg] = value
 
     changes = []
-    for name, module in graph.model.named_modules():
+    for name, module in named_modules(graph.model).items():
         weight = new_shape.get((id(module), "weight"))
         if weight is None and isinstance(module, (_ConvNd, nn.Linear)):
             weight = _computed_weight(graph, plan, name)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import TraceError
 from ._hooks import WatchedHooks
 from ._recorder import Call, Recorder, Recording, Ref, Watch, module_names
-from ._undisturbed import undisturbed
+from ._undisturbed import named_modules, undisturbed
 
 if TYPE_CHECKING:
     from ._align import Aligned
@@ -27,7 +27,7 @@ def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     parameters: dict[str, torch.Tensor] = {}
     buffers: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model).items():
         start = prefix + "." if prefix else ""
         for found, table in ((parameters, module._parameters), (buffers, module._buffers)):
             for name, tensor in table.items():
@@ -141,10 +141,11 @@ def _record_forward(
     """Adds a forward to the recording; which parameters and buffers it used."""
     inputs = batch_of_two(example)
     with undisturbed(model):
-        for module in model.modules():
-            module.training = training
+        modules = named_modules(model).values()
+        for module in modules:
+            module.__dict__["training"] = training
         recorder = Recorder(recording, tensors, watch)
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, nn.RNNBase):
                 # It keeps its parameters in a list too, and checks their device against the input's.
                 module.__dict__["_flat_weights"] = [
@@ -181,7 +182,7 @@ def _record_forward(
 
 def _running_modules(model: nn.Module, error: BaseException) -> tuple[str, ...]:
     """Names of the modules whose methods the error passed through, the innermost first."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in named_modules(model).items()}
     found: list[str] = []
     traceback = error.__traceback__
     while traceback is not None:

@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._shapes import FAST, remembered
+from ._undisturbed import named_modules
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(__file__) + os.sep
+_META = torch.device("meta")
 _SMALL = 64  # elements of a constant whose values are kept
 
 
@@ -88,7 +90,7 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[int, int] = {}  # id -> index of real tensors that no parameter or input went into
         self._storages: dict[int, int] = {}
         for position, tensor in enumerate(tensors.values()):
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
             self._adopt(tensor, twin, position)
             if tensor.device.type != "meta":
                 self._storages[tensor.untyped_storage().data_ptr()] = position
@@ -171,7 +173,7 @@ class Recorder(TorchDispatchMode):
             metas = list(_map(self._to_meta, args))
             meta_kwargs = {k: _map(self._to_meta, v) for k, v in kwargs.items()}
             if meta_kwargs.get("device") is not None:
-                meta_kwargs["device"] = torch.device("meta")
+                meta_kwargs["device"] = _META
             result = NotImplemented if op.fast is None or meta_kwargs else op.fast(metas)
             if result is NotImplemented:
                 result = _run(func, metas, meta_kwargs)
@@ -196,7 +198,7 @@ class Recorder(TorchDispatchMode):
             owner = self._storages.get(value.untyped_storage().data_ptr())
             if owner is not None:
                 self.recording.pinned.append(owner)
-        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
         self._adopt(value, twin, position)
         return twin
 
@@ -320,7 +322,7 @@ def _source_line() -> tuple[str, int]:
 @contextlib.contextmanager
 def module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Inside, `stack` holds the names of the modules whose forwards run, the innermost last."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in named_modules(model).items()}
     original = nn.Module.__call__
 
     def call(module, *args, **kwargs):

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import CompactionError
 from . import _plan, _record, _replay
 from ._replay import Mismatch
+from ._undisturbed import named_modules
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -278,7 +279,7 @@ def _size(graph: ChannelGraph, place: tuple[int, int]) -> int:
 
 def _of_same_class(graph: ChannelGraph, name: str) -> list[str]:
     kind = type(graph.model.get_submodule(name))
-    return [other for other, module in graph.model.named_modules() if type(module) is kind and other != name]
+    return [other for other, module in named_modules(graph.model).items() if type(module) is kind and other != name]
 
 
 def _analogues(

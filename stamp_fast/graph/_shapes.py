@@ -7,15 +7,33 @@ Networks repeat their blocks, so what a kernel said of one operator on tensors o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+_META = torch.device("meta")
+
+
+def _new(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A contiguous tensor; `new_empty` and `empty_like` are Python on meta, and take ten times as long."""
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        strides[d] = strides[d + 1] * max(1, shape[d + 1])
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=_META)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_META)
+
 
 def _like_first(args: tuple) -> Any:
     x = args[0]
-    return torch.empty_like(x) if x.is_floating_point() else NotImplemented
+    return _like(x) if x.is_floating_point() and _is_dense(x) else NotImplemented
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _in_place(args: tuple) -> Any:
@@ -27,9 +45,9 @@ def _binary(args: tuple) -> Any:
     if not x.is_floating_point():
         return NotImplemented
     if not isinstance(y, torch.Tensor):
-        return torch.empty_like(x) if isinstance(y, (int, float)) else NotImplemented
-    if x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride():
-        return torch.empty_like(x)
+        return _like(x) if isinstance(y, (int, float)) and _is_dense(x) else NotImplemented
+    if x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride() and _is_dense(x):
+        return _like(x)
     return NotImplemented
 
 
@@ -46,7 +64,9 @@ def _batch_norm(args: tuple) -> Any:
         return NotImplemented
     if any(t is not None and (t.shape != (channels,) or t.dtype != x.dtype) for t in args[1:5]):
         return NotImplemented
-    return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
+    if not _is_dense(x):
+        return NotImplemented
+    return _like(x), _new(x, (channels,)), _new(x, (channels,))
 
 
 def _convolution(args: tuple) -> Any:
@@ -64,7 +84,7 @@ def _convolution(args: tuple) -> Any:
         if size < 1:
             return NotImplemented
         shape.append(size)
-    return x.new_empty(shape)
+    return _new(x, shape)
 
 
 def _cat(args: tuple) -> Any:
@@ -78,7 +98,7 @@ def _cat(args: tuple) -> Any:
         if any(a != b for d, (a, b) in enumerate(zip(shape, t.shape, strict=True)) if d != dim):
             return NotImplemented
         shape[dim] += t.shape[dim]
-    return first.new_empty(shape) if first.dim() and first.is_contiguous() else NotImplemented
+    return _new(first, shape) if first.dim() and first.is_contiguous() else NotImplemented
 
 
 def _layer_norm(args: tuple) -> Any:
@@ -89,7 +109,7 @@ def _layer_norm(args: tuple) -> Any:
     if any(t is not None and (list(t.shape) != normalized or t.dtype != x.dtype) for t in args[2:4]):
         return NotImplemented
     statistics = [*x.shape[:outer], *[1] * len(normalized)]
-    return torch.empty_like(x), x.new_empty(statistics), x.new_empty(statistics)
+    return _like(x), _new(x, statistics), _new(x, statistics)
 
 
 def _addmm(args: tuple) -> Any:
@@ -97,7 +117,7 @@ def _addmm(args: tuple) -> Any:
     plain = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and bias.shape == (b.shape[1],)
     if not plain or len(args) > 3 or not bias.dtype == a.dtype == b.dtype:
         return NotImplemented
-    return a.new_empty((a.shape[0], b.shape[1]))
+    return _new(a, (a.shape[0], b.shape[1]))
 
 
 _FULL = (torch.float32, torch.float64)  # half precision keeps its statistics in another dtype
@@ -136,7 +156,7 @@ def remembered(func: Any, args: tuple, kwargs: dict) -> Any:
     except TypeError:  # an argument that cannot be a key
         return func(*args, **kwargs)
     if known is not None:
-        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known[1]]
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in known[1]]
         return tuple(made) if known[0] else made[0]
     result = func(*args, **kwargs)
     is_tuple = isinstance(result, tuple)

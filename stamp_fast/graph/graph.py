@@ -15,6 +15,7 @@ from .._load import graph_core
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
 from ._optimizers import Optimizers
+from ._undisturbed import named_modules
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -75,10 +76,9 @@ class ChannelGraph:
         self.bindings: list[_settle.Binding] = []
         self.ties: list[_settle.Tie] = []
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
-        parameters = {id(p) for p in model.parameters()}
-        self._slot_tensors = list(_record.slot_tensors(model).values())
-        self._is_parameter = [id(t) in parameters for t in self._slot_tensors]
-        self._owners = _owners(model)
+        owners = _owners(model)
+        self._owners = [owners[id(t)] for t in _record.slot_tensors(model).values()]
+        self._is_parameter = [places[0][1] in places[0][0]._parameters for places in self._owners]
         self._calls = [(c.name, c.args, c.outs) for c in recording.calls]
         self.rebuild([])
 
@@ -96,17 +96,22 @@ class ChannelGraph:
             _record.Ref,
             [(*tie.first, *tie.second) for tie in ties],
         )
-        self._shared_axes: dict[bytes, torch.Tensor] = {}
+        axes: dict[int, torch.Tensor | None] = {-1: None}  # a weight and its norm's four vectors share one
+        for axis in {axis for dims in self._core.slot_axes for axis in dims if axis >= 0}:
+            axes[axis] = torch.from_numpy(self._core.axis_classes(axis))
         self.slots = [
-            Slot(name, is_parameter, [self._slot_axis(i, d) for d in range(t.dim())], self._owners[id(t)])
-            for i, (name, t, is_parameter) in enumerate(
-                zip(recording.slots, self._slot_tensors, self._is_parameter, strict=True)
+            Slot(name, is_parameter, [axes[axis] for axis in dims], owners)
+            for name, is_parameter, dims, owners in zip(
+                recording.slots, self._is_parameter, self._core.slot_axes, self._owners, strict=True
             )
         ]
         self.num_classes: int = self._core.num_classes
         self.groups = [self._group(g, None) for g in self._core.groups]
         self.frozen = [self._group(g, self._reason(g.event)) for g in self._core.frozen]
         _make_unique(self.groups)
+        self._class_channels = torch.empty(self.num_classes, dtype=torch.float32)
+        for group in self.groups:
+            self._class_channels[group.classes] = group.channels / group.num_classes
         self._ends = torch.tensor([0, *(group.classes.stop for group in self.groups)])
         self._reader_dims: dict[int, set[int]] = {}
         for read in self._core.reads:
@@ -142,13 +147,6 @@ class ChannelGraph:
     @property
     def device(self) -> torch.device:
         return self.slots[0].tensor.device
-
-    def _slot_axis(self, slot: int, dim: int) -> torch.Tensor | None:
-        classes = self._core.slot_axis(slot, dim)
-        if classes is None:
-            return None
-        # A weight and its norm's four vectors have the same classes: one tensor for all, and later one index.
-        return self._shared_axes.setdefault(classes.tobytes(), torch.from_numpy(classes).long())
 
     def _group(self, group: Any, reason: str | None) -> Group:
         name = self.recording.slots[group.slot]
@@ -242,10 +240,7 @@ class ChannelGraph:
 
     def class_channels(self) -> torch.Tensor:
         """float, [num_classes]: how many channels of its group's layer go with each class."""
-        widths = torch.empty(self.num_classes, dtype=torch.float32)
-        for group in self.groups:
-            widths[group.classes] = group.channels / group.num_classes
-        return widths
+        return self._class_channels
 
     def select(self, scores: torch.Tensor, budget: Budget, **options: Any) -> torch.Tensor:
         """The keep mask that meets `budget` with the highest-scored classes; see `Budget.select`."""
@@ -354,7 +349,7 @@ class ChannelGraph:
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    for module in named_modules(model).values():
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
                 if tensor is not None:
@@ -404,13 +399,13 @@ def unwrapped(model: Any) -> nn.Module:
         return original
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("model: a ScriptModule cannot be pruned; prune the original module and script it again")
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             what = f"'{name}' is" if name else "is"
             raise ModelError(
                 f"model: {what} wrapped in {type(module).__name__}; prune `model.module`, then wrap it again"
             )
-    for name, parameter in model.named_parameters():
+    for name, parameter in _record.slot_tensors(model).items():
         if is_traceable_wrapper_subclass(parameter.data):
             raise ModelError(
                 f"model: parameter '{name}' is a {type(parameter.data).__name__}, sharded or quantised; prune before "
