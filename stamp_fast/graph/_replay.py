@@ -61,6 +61,11 @@ class _Stop(BaseException):
 
 def compare(graph: ChannelGraph, plan: _plan.Plan) -> Mismatch | None:
     """Replays the network that the plan makes, up to the first mismatch. Changes nothing."""
+    found = _replayed(graph, plan)
+    return found if isinstance(found, Mismatch) else None
+
+
+def _replayed(graph: ChannelGraph, plan: _plan.Plan) -> Recording | Mismatch:
     small = {}
     for i, slot in enumerate(graph.slots):
         # All of them, or an operator that the recorder does not see meets tensors on two devices.
@@ -69,21 +74,26 @@ def compare(graph: ChannelGraph, plan: _plan.Plan) -> Mismatch | None:
     comparison = _Comparison(graph, plan)
     try:
         with _plan.swapped(plan, small):
-            _record.record(graph.model, graph.example, comparison.watch)
+            recording = _record.record(graph.model, graph.example, comparison.watch)
     except _Stop as stop:
         if isinstance(stop.why, Exception):
             raise stop.why from None
         return stop.why
     except TraceError as error:
         return comparison.raised(error)
-    return comparison.ended()
+    return comparison.ended() or recording
 
 
-def check(graph: ChannelGraph, plan: _plan.Plan) -> None:
-    """Raises CompactionError at the first operator that differs from the prediction. Changes nothing."""
-    found = compare(graph, plan)
-    if found is not None:
+def check(graph: ChannelGraph, plan: _plan.Plan) -> Recording:
+    """The recording of the smaller network. Changes nothing.
+
+    Raises:
+        CompactionError: at the first operator that differs from the prediction.
+    """
+    found = _replayed(graph, plan)
+    if isinstance(found, Mismatch):
         raise _failure(graph, plan, found)
+    return found
 
 
 class _Comparison:

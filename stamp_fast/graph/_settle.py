@@ -24,6 +24,7 @@ from ._undisturbed import named_modules
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
+_PROBES = 3  # cuts that have to run as predicted, one after the other
 _REACH = 40  # calls before and after the mismatch whose sizes are candidates
 
 
@@ -53,24 +54,36 @@ class Tie:
 
 def settle(graph: ChannelGraph) -> None:
     """See `ChannelGraph.settle`."""
-    while True:
-        keep = _probe(graph)
+    seed = 0
+    while seed < _PROBES:
+        keep = _probe(graph, seed)
         found = _replay.compare(graph, graph.plan(keep))
         if found is None:
-            return
-        if not (_bind(graph, keep, found) or _tie(graph, keep, found)):
+            seed += 1
+        elif not (_bind(graph, keep, found) or _tie(graph, keep, found)):
             _keep_culprit(graph, keep, found)
 
 
-def _probe(graph: ChannelGraph) -> torch.Tensor:
-    """Another random fraction of every group: equal ones would hide a size that is taken from the wrong group."""
-    generator = torch.Generator().manual_seed(0)
+def _probe(graph: ChannelGraph, seed: int) -> torch.Tensor:
+    """A random cut of every group that hides no fixed size.
+
+    Equal counts would hide a size that is taken from the wrong group, and a divisor of the width one that a view with
+    an open dim absorbs.
+    """
+    generator = torch.Generator().manual_seed(seed)
     keep = graph.all_kept()
+    taken: dict[int, set[int]] = {}
     for group in graph.groups:
-        order = torch.randperm(group.num_classes, generator=generator)
-        fraction = 0.3 + 0.5 * torch.rand((), generator=generator).item()
-        if group.reason is None:
-            keep[group.classes.start + order[max(1, int(group.num_classes * fraction)) :]] = False
+        size = group.num_classes
+        order = torch.randperm(size, generator=generator)
+        wanted = size * (0.3 + 0.5 * torch.rand((), generator=generator).item())
+        if group.reason is not None or size < 2:
+            continue
+        used = taken.setdefault(size, set())
+        counts = [c for c in range(1, size) if math.gcd(c, size) == 1]
+        count = min([c for c in counts if c not in used] or counts, key=lambda c: abs(c - wanted))
+        used.add(count)
+        keep[group.classes.start + order[count:]] = False
     return keep
 
 
@@ -81,6 +94,8 @@ def _reach(graph: ChannelGraph, keep: torch.Tensor) -> tuple[float, float]:
 
 # --- attributes that hold a size --------------------------------------------------------------------------------------
 def _bind(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
+    if _bind_pieces(graph, keep, found):
+        return True
     before = graph.bindings
     for candidate in _bindings(graph, keep, found):
         graph.bindings = before + candidate
@@ -97,11 +112,6 @@ def _bind(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
 def _bindings(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[list[Binding]]:
     bound = {(b.module, b.attribute, b.item) for b in graph.bindings}
     sizes = list(_changed_sizes(graph, keep, found))
-    for call in _calls_near(graph, found):
-        if len(call.outs) > 1 and "split_with_sizes" in call.name:
-            bindings = [b for b in _piece_attributes(graph, call, found) if (b.module, b.attribute, None) not in bound]
-            if len(bindings) > 1:  # all at once: no piece fits before all do
-                yield bindings
     for times in (1, 2, 3, 4):
         for name in found.modules:
             for attribute, value in _int_attributes(graph.model.get_submodule(name)):
@@ -126,6 +136,39 @@ def _pieces(graph: ChannelGraph, call: _record.Call, name: str, attribute: str, 
         if [shape[dim] for shape in shapes] == list(value):
             return [Binding(name, attribute, i, t, dim) for i, t in enumerate(call.outs)]
     return []
+
+
+def _bind_pieces(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
+    """Sizes of the pieces of a split in int attributes: bound all at once, because no piece fits before all do. Pieces
+    that share an attribute are tied.
+    """
+    before = graph.bindings
+    bound = {(b.module, b.attribute) for b in before}
+    for call in _calls_near(graph, found):
+        if len(call.outs) < 2 or "split_with_sizes" not in call.name:
+            continue
+        bindings = [b for b in _piece_attributes(graph, call, found) if (b.module, b.attribute) not in bound]
+        ties, level = [], keep
+        for binding in bindings:
+            for other in call.outs:
+                tie = Tie((binding.tensor, binding.dim), (other, binding.dim))
+                if other != binding.tensor and _size(graph, tie.first) == _size(graph, tie.second):
+                    levelled = _levelled(graph, level, tie)
+                    if levelled is not None:
+                        ties.append(tie)
+                        level = levelled
+        graph.bindings = before + bindings
+        reached = _reach(graph, level) if bindings else found.progress
+        if reached > found.progress:
+            graph.bindings = before + _everywhere(graph, bindings)
+            tied = [t for tie in ties for t in _tied_everywhere(graph, tie, found)]
+            if tied:
+                graph.rebuild(graph.ties + tied)
+            elif _reach(graph, level) < reached:
+                graph.bindings = before + bindings
+            return True
+    graph.bindings = before
+    return False
 
 
 def _piece_attributes(graph: ChannelGraph, call: _record.Call, found: Mismatch) -> list[Binding]:

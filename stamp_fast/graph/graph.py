@@ -75,6 +75,7 @@ class ChannelGraph:
         self.example = example
         self.bindings: list[_settle.Binding] = []
         self.ties: list[_settle.Tie] = []
+        self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
         owners = _owners(model)
         self._owners = [owners[id(t)] for t in _record.slot_tensors(model).values()]
@@ -315,22 +316,59 @@ class ChannelGraph:
         optimizer: Optimizers = None,
         ema: nn.Module | None = None,
     ) -> nn.Module:
-        """Takes the channels out for good, in place, all or nothing. The graph describes the old network afterwards.
+        """Takes the channels out for good, in place, all or nothing.
+
+        The graph describes the old network afterwards; `smaller` is that of the new one.
 
         Args:
             keep: bool, [num_classes].
-            optimizer: one or several; their per-parameter state is cut with the parameters, param_groups stay as
-                they are. L-BFGS and others whose state is not per parameter are refused once they have stepped.
-            ema: an average of the model that is cut alike: a copy of it, or a wrapper (`AveragedModel`) around one.
+            optimizer: its per-parameter state is cut with the parameters; param_groups stay as they are. Several, in a
+                list or tuple, where parameters are shared out among them.
+            ema: a module with the same parameter names (optionally under ``module.``) that is cut alike.
 
         Raises:
-            ArgumentError: `keep`, `optimizer` or `ema` do not fit; nothing has changed.
             CompactionError: the replay of the smaller network differs from the prediction; nothing has changed.
+            ArgumentError: state that cannot be cut, or the graph was compacted before; nothing has changed.
         """
+        self._check_current()
         plan = self.plan(keep)
-        _replay.check(self, plan)
+        recording = _replay.check(self, plan)
         _compact.apply(self, plan, optimizer, ema)
+        self._compacted = recording, plan
         return self.model
+
+    def _check_current(self) -> None:
+        if self._compacted is not None:
+            raise ArgumentError("graph: describes the network before it was compacted; go on with `graph.smaller()`")
+
+    def smaller(self) -> ChannelGraph:
+        """The graph of the network that `compact` has left, without another trace: to prune again.
+
+        Groups and classes are numbered anew; what was kept stays kept.
+
+        Raises:
+            ArgumentError: nothing was compacted.
+        """
+        if self._compacted is None:
+            raise ArgumentError("graph.smaller: nothing was compacted yet")
+        recording, plan = self._compacted
+
+        def moved(slot: int, dim: int, positions: torch.Tensor | slice) -> torch.Tensor | slice:
+            index = plan.kept[slot][dim]
+            return positions if index is None or isinstance(positions, slice) else torch.searchsorted(index, positions)
+
+        recording.pinned = self.recording.pinned  # on meta tensors nobody sees who shares memory
+        graph = ChannelGraph(self.model, self.example, recording)
+        graph._kept = [(slot, dim, moved(slot, dim, where), reason) for slot, dim, where, reason in self._kept]
+        # Where the same operators run, tensors have the same indices, and what was mended stays so.
+        if [(c.name, c.outs) for c in recording.calls] == [(c.name, c.outs) for c in self.recording.calls]:
+            graph.bindings = list(self.bindings)
+            graph.rebuild(self.ties)
+        else:
+            graph.rebuild([])
+            if self.bindings or self.ties:
+                graph.settle()
+        return graph
 
     @contextlib.contextmanager
     def masked(self, keep: torch.Tensor | _plan.Plan, scale: torch.Tensor | None = None) -> Iterator[nn.Module]:
@@ -342,6 +380,7 @@ class ChannelGraph:
             keep: bool, [num_classes], or the plan made of it (to use it for many steps).
             scale: float, [num_classes]: each class's factor z on the weights that read it (DESIGN 3.3); differentiable.
         """
+        self._check_current()
         plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
         with plan.virtual(scale):
             yield self.model
