@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,7 @@ VIEWS = frozenset(
 )
 
 
+@functools.cache
 def base_name(name: str) -> str:
     """ "aten.add_.Tensor" -> "add_"."""
     return name.split(".")[1]
@@ -31,13 +34,13 @@ class Aligned(TorchDispatchMode):
     """Hands every operator that is not a view to `on_call`, with the index of the recorded call that it is.
 
     Operators are counted module by module: what a module does with values (the boxes of a detector) may differ from
-    the recording, as long as nothing there depends on the channels in `needed`.
+    the recording, as long as no call in `needed` is left there. Modules in `apart` are not looked at.
 
     Raises:
         TraceError: a module runs another operator than was recorded, where that matters.
     """
 
-    def __init__(self, graph: ChannelGraph, needed: set[int]) -> None:
+    def __init__(self, graph: ChannelGraph, needed: set[int], apart: Collection[str] = ()) -> None:
         super().__init__()
         self.graph = graph
         self.running: list[str] = []  # names of the modules that run now, the innermost last
@@ -45,7 +48,7 @@ class Aligned(TorchDispatchMode):
         self._needed = needed
         self._expected: dict[str, list[int]] = {}
         for i in reversed(range(len(self._calls))):
-            if base_name(self._calls[i].name) not in VIEWS:
+            if base_name(self._calls[i].name) not in VIEWS and self._calls[i].module not in apart:
                 self._expected.setdefault(self._calls[i].module, []).append(i)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

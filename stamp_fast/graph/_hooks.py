@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import StampFastError, TraceError
-from ._undisturbed import named_modules
 
 _CURE = "take it off (`handle.remove()`) while pruning and register it again afterwards"
 
@@ -21,17 +20,17 @@ class WatchedHooks:
     """Makes every forward hook that cannot work on meta tensors, or keeps some, an error that names it.
 
     Args:
-        model: gets wrappers in the place of its hooks; the caller puts its tables of hooks back.
+        modules: get wrappers in the place of their hooks; the caller puts their tables of hooks back.
         made: the tensors of the trace, oldest first: parameters and buffers now, more as the trace goes on.
         calls_done: how many operators ran so far.
     """
 
-    def __init__(self, model: nn.Module, made: list[torch.Tensor], calls_done: Callable[[], int]) -> None:
+    def __init__(self, modules: dict[str, nn.Module], made: list[torch.Tensor], calls_done: Callable[[], int]) -> None:
         self._made = made
         self._parameters = {id(t) for t in made}
         self._calls_done = calls_done
         self._seen: dict[str, list[weakref.ref]] = {}
-        for name, module in named_modules(model).items():
+        for name, module in modules.items():
             for kind, table in (
                 ("forward pre-hook", module._forward_pre_hooks),
                 ("forward hook", module._forward_hooks),

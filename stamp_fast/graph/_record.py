@@ -22,12 +22,12 @@ __all__ = ["Call", "Recording", "Ref", "call_model", "evaluate", "record", "refs
 BATCH = 2  # of a trace: 1 would hide a batch that absorbs channels
 
 
-def slot_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer once, by its first name."""
+def slot_tensors(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer once, by its first name. `modules`: those of the model, if they are at hand."""
     parameters: dict[str, torch.Tensor] = {}
     buffers: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in named_modules(model).items():
+    for prefix, module in (modules or named_modules(model)).items():
         start = prefix + "." if prefix else ""
         for found, table in ((parameters, module._parameters), (buffers, module._buffers)):
             for name, tensor in table.items():
@@ -105,14 +105,15 @@ def record(model: nn.Module, example: Any, watch: Watch | None = None) -> Record
     Raises:
         TraceError: the forward failed, or returned no tensor.
     """
-    tensors = slot_tensors(model)
+    modules = named_modules(model)
+    tensors = slot_tensors(model, modules)
     recording = Recording(list(tensors), [tuple(t.shape) for t in tensors.values()], [], [], [])
-    used = _record_forward(model, tensors, example, recording, watch, training=False)
+    used = _record_forward(model, modules, tensors, example, recording, watch, training=False)
     recording.costed = len(recording.calls)
     if not all(is_used or not shape for is_used, shape in zip(used, recording.shapes, strict=False)):
         attempt = Recording(recording.slots, list(recording.shapes), [], [], [])
         with contextlib.suppress(TraceError):
-            _record_forward(model, tensors, example, attempt, watch, training=True)
+            _record_forward(model, modules, tensors, example, attempt, watch, training=True)
             recording.shapes = attempt.shapes
             recording.calls += attempt.calls
             recording.outputs += attempt.outputs
@@ -132,6 +133,7 @@ def refs_in(value: Any) -> list[int]:
 
 def _record_forward(
     model: nn.Module,
+    modules: dict[str, nn.Module],
     tensors: dict[str, torch.Tensor],
     example: Any,
     recording: Recording,
@@ -140,20 +142,19 @@ def _record_forward(
 ) -> bytearray:
     """Adds a forward to the recording; which parameters and buffers it used."""
     inputs = batch_of_two(example)
-    with undisturbed(model):
-        modules = named_modules(model).values()
-        for module in modules:
+    with undisturbed(model, modules):
+        for module in modules.values():
             module.__dict__["training"] = training
         recorder = Recorder(recording, tensors, watch)
-        for module in modules:
+        for module in modules.values():
             if isinstance(module, nn.RNNBase):
                 # It keeps its parameters in a list too, and checks their device against the input's.
                 module.__dict__["_flat_weights"] = [
                     recorder.twin(module._parameters[n]) for n in module._flat_weights_names
                 ]
-        hooks = WatchedHooks(model, recorder.made, lambda: len(recording.calls))
+        hooks = WatchedHooks(modules, recorder.made, lambda: len(recording.calls))
         recorder.add_all(_output_tensors(inputs))
-        with module_names(model, recorder.modules):
+        with module_names(modules, recorder.modules):
             try:
                 with recorder:
                     output = call_model(model, inputs)
@@ -208,5 +209,5 @@ def evaluate(model: nn.Module, inputs: Any, mode: Aligned | None = None) -> Any:
         model.eval()
         if mode is None:
             return call_model(model, fresh(inputs))
-        with module_names(model, mode.running), mode:
+        with module_names(named_modules(model), mode.running), mode:
             return call_model(model, fresh(inputs))

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._shapes import FAST, remembered
-from ._undisturbed import named_modules
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(__file__) + os.sep
@@ -320,13 +319,13 @@ def _source_line() -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def module_names(modules: dict[str, nn.Module], stack: list[str]) -> Iterator[None]:
     """Inside, `stack` holds the names of the modules whose forwards run, the innermost last."""
-    names = {id(module): name for name, module in named_modules(model).items()}
+    names = {id(module): name for name, module in modules.items()}
     original = nn.Module.__call__
 
     def call(module, *args, **kwargs):
-        stack.append(names.get(id(module)) or type(module).__name__ if module is not model else "")
+        stack.append(names.get(id(module), type(module).__name__))
         try:
             return original(module, *args, **kwargs)
         finally:

@@ -17,6 +17,7 @@ from ._record import Call, Recording, Ref
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
+_SLICES = ("slice", "narrow", "select")
 # Integer arguments of these are sizes; the shapes that are compared anyway follow from them.
 _SIZE_ARGUMENTS = {
     "native_layer_norm": (1,),
@@ -120,7 +121,8 @@ class _Comparison:
     def watch(self, new: Recording, call: Call, running: list[str]) -> None:
         if base_name(call.name) in VIEWS:
             self.views += 1
-            self.new_slices += [where for _, where in _partial_slices(new, new.shapes, _unmoved, [call])]
+            if base_name(call.name) in _SLICES:
+                self.new_slices += [where for _, where in _partial_slices(new, new.shapes, _unmoved, [call])]
             return
         if self.done == len(self.expected):
             problem = f"is followed by {call.name}, which the dense network does not run"
@@ -218,7 +220,7 @@ def _partial_slices(
     found = []
     for op, call in enumerate(recording.calls if calls is None else calls):
         name = base_name(call.name)
-        if name not in ("slice", "narrow", "select"):
+        if name not in _SLICES:
             continue
         source, out = int(call.args[0]), call.outs[0]
         dim = call.args[1] % len(shapes[source])

@@ -9,6 +9,7 @@ of the same class.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -24,7 +25,9 @@ from ._undisturbed import named_modules
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
-_PROBES = 3  # cuts that have to run as predicted, one after the other
+_PROBES = 2  # cuts that have to run as predicted, one after the other
+_TRIES = 6  # attributes tried per mismatch, the nearest first
+_SUSPECTS = 4  # groups near a mismatch that are tried before all are bisected
 _REACH = 40  # calls before and after the mismatch whose sizes are candidates
 
 
@@ -97,7 +100,7 @@ def _bind(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
     if _bind_pieces(graph, keep, found):
         return True
     before = graph.bindings
-    for candidate in _bindings(graph, keep, found):
+    for candidate in itertools.islice(_bindings(graph, keep, found), _TRIES):
         graph.bindings = before + candidate
         reached = _reach(graph, keep)
         if reached > found.progress:
@@ -258,25 +261,34 @@ def _tied_everywhere(graph: ChannelGraph, tie: Tie, found: Mismatch) -> list[Tie
 
 # --- keeping ----------------------------------------------------------------------------------------------------------
 def _keep_culprit(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> None:
-    """Cutting the first k groups works, cutting one more does not: that one is kept, and its like elsewhere."""
+    """Keeps the group whose cut alone brings the mismatch about, and its like in other modules. Failing that, the one
+    with which the first k groups fail while the first k - 1 work.
+    """
     cut = [g for g, group in enumerate(graph.groups) if not bool(keep[group.classes].all())]
-    low, high = 0, len(cut)
-    while high - low > 1:
-        middle = (low + high) // 2
+
+    def failed(groups: list[int]) -> Mismatch | None:
         partial = graph.all_kept()
-        for g in cut[:middle]:
+        for g in groups:
             partial[graph.groups[g].classes] = keep[graph.groups[g].classes]
-        failed = _replay.compare(graph, graph.plan(partial))
-        if failed is None:
-            low = middle
-        else:
-            high, found = middle, failed
-    if not cut:
+        return _replay.compare(graph, graph.plan(partial))
+
+    near = dict.fromkeys(g for call in _calls_near(graph, found) for g in graph.cut_groups_at(call, keep))
+    culprit = next((g for g in itertools.islice(near, _SUSPECTS) if failed([g])), None)
+    if culprit is None and cut:
+        low, high = 0, len(cut)
+        while high - low > 1:
+            middle = (low + high) // 2
+            mismatch = failed(cut[:middle])
+            if mismatch is None:
+                low = middle
+            else:
+                high, found = middle, mismatch
+        culprit = cut[high - 1]
+    if culprit is None:
         raise CompactionError(
             "settle: with every channel kept the forward still does not repeat itself: "
             f"{graph.recording.calls[found.op]} {found.problem}. It has to run the same operators every time."
         )
-    culprit = cut[high - 1]
     groups = {g for g in (culprit, *_like(graph, culprit, found)) if graph.groups[g].reason is None}
     graph.keep_groups(groups, f"its size is fixed in the forward: {graph.recording.calls[found.op]} {found.problem}")
 
@@ -344,7 +356,13 @@ def _analogues(
 
 
 def _calls_of(graph: ChannelGraph, name: str) -> list[_record.Call]:
-    return [c for c in graph.recording.calls if c.module == name or c.module.startswith(name + ".")]
+    if graph.calls_by_module is None:
+        graph.calls_by_module = {}
+        for call in graph.recording.calls:
+            parts = call.module.split(".")
+            for end in range(len(parts), 0, -1):
+                graph.calls_by_module.setdefault(".".join(parts[:end]), []).append(call)
+    return graph.recording.calls if not name else graph.calls_by_module.get(name, [])
 
 
 def _tensors(call: _record.Call) -> list[int]:

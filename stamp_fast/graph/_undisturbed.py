@@ -32,9 +32,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restores whatever a forward may change."""
-    saved = [_state_of(module) for module in named_modules(model).values()]
+def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[None]:
+    """Restores whatever a forward may change. `modules`: what `named_modules` has found, if that is at hand."""
+    saved = [_state_of(module) for module in (modules or named_modules(model)).values()]
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import TraceError
-from . import _record
+from . import _plan, _record
 from ._align import Aligned
 from ._record import Ref
 from ._recorder import in_schema_order
@@ -25,12 +26,28 @@ def masked_output(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> Any:
     Raises:
         TraceError: the forward runs other operators on real tensors than it did when traced.
     """
-    mode = _Masked(graph, graph.checked(keep))
-    output = _record.evaluate(graph.model, inputs, mode)
+    keep = graph.checked(keep)
+    mode = _Masked(graph, keep)
+    with _plan.swapped(graph.plan(graph.all_kept()), _zeroed_readers(graph, keep, mode.apart)):
+        output = _record.evaluate(graph.model, inputs, mode)
     missed = mode.missed()
     if missed:
         raise TraceError(f"the forward does not run {graph.recording.calls[missed[0]]}, which its recording has")
     return output
+
+
+def _zeroed_readers(graph: ChannelGraph, keep: torch.Tensor, layers: set[str]) -> dict[int, torch.Tensor]:
+    """Recurrent layers run operators of each device's own. Their weights, with zeros where they read dead channels."""
+    zeroed = {}
+    for read in graph._core.reads:
+        if graph.recording.calls[read.op].module not in layers:
+            continue
+        if not (read.exact and read.slot >= 0 and graph.reader_dim(read.slot) == read.slot_dim):
+            raise TraceError(f"{graph.recording.calls[read.op]} cannot be masked")
+        tensor, axis = graph.slots[read.slot].tensor.detach(), graph.slots[read.slot].axes[read.slot_dim]
+        alive = ((axis < 0) | keep[axis.clamp(min=0)]).to(tensor.device, tensor.dtype)
+        zeroed[read.slot] = tensor * alive.view([-1 if d == read.slot_dim else 1 for d in range(tensor.dim())])
+    return zeroed
 
 
 def difference(a: Any, b: Any) -> float:
@@ -43,10 +60,12 @@ def difference(a: Any, b: Any) -> float:
 
 class _Masked(Aligned):
     def __init__(self, graph: ChannelGraph, keep: torch.Tensor) -> None:
+        self.apart = {name for name, module in graph.model.named_modules() if isinstance(module, nn.RNNBase)}
         self.reads: dict[int, list] = {}
         for read in graph._core.reads:
-            self.reads.setdefault(read.op, []).append(read)
-        super().__init__(graph, set(self.reads))
+            if graph.recording.calls[read.op].module not in self.apart:
+                self.reads.setdefault(read.op, []).append(read)
+        super().__init__(graph, set(self.reads), self.apart)
         self.scalars: dict[int, dict[int, int]] = {}
         for op, arg, value in graph._core.scalar_args(graph._bytes(keep)):
             self.scalars.setdefault(op, {})[arg] = value

@@ -75,6 +75,7 @@ class ChannelGraph:
         self.example = example
         self.bindings: list[_settle.Binding] = []
         self.ties: list[_settle.Tie] = []
+        self.calls_by_module: dict[str, list[_record.Call]] | None = None  # made when something has to be mended
         self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
         owners = _owners(model)
