@@ -55,7 +55,8 @@ void check_tensor(const Value& value, size_t num_tensors) {
 std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& shapes, const py::list& ops,
                                     const std::vector<bool>& is_parameter, std::vector<int32_t> outputs,
                                     std::vector<int32_t> pinned, int32_t num_costed_ops, const py::object& ref,
-                                    const std::vector<std::array<int32_t, 4>>& ties) {
+                                    const std::vector<std::array<int32_t, 4>>& ties,
+                                    std::vector<std::pair<int32_t, int32_t>> survivors) {
   Record record;
   for (const auto& shape : shapes) record.tensors.push_back({shape});
   record.num_slots = static_cast<int32_t>(is_parameter.size());
@@ -63,6 +64,7 @@ std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& sha
   record.outputs = std::move(outputs);
   record.pinned = std::move(pinned);
   record.num_costed_ops = num_costed_ops;
+  record.survivors = std::move(survivors);
   for (const auto& [first, first_dim, second, second_dim] : ties) {
     if (shapes.at(first).at(first_dim) != shapes.at(second).at(second_dim))
       throw std::invalid_argument("channel graph: only dims of one size can be tied");
@@ -125,7 +127,8 @@ PYBIND11_MODULE(_graph, m) {
   py::class_<ChannelGraph>(m, "ChannelGraph")
       .def(py::init(&build), py::arg("shapes"), py::arg("ops"), py::arg("is_parameter"), py::arg("outputs"),
            py::arg("pinned"), py::arg("num_costed_ops"), py::arg("ref"),
-           py::arg("ties") = std::vector<std::array<int32_t, 4>>{})
+           py::arg("ties") = std::vector<std::array<int32_t, 4>>{},
+           py::arg("survivors") = std::vector<std::pair<int32_t, int32_t>>{})
       .def_property_readonly("num_classes", &ChannelGraph::num_classes)
       .def_property_readonly("groups", &ChannelGraph::groups)
       .def_property_readonly("frozen", &ChannelGraph::frozen)
@@ -151,6 +154,8 @@ PYBIND11_MODULE(_graph, m) {
       .def_property_readonly("macs_terms", [](const ChannelGraph& graph) { return terms(graph.macs_terms()); })
       .def_property_readonly("params_terms", [](const ChannelGraph& graph) { return terms(graph.params_terms()); })
       .def_property_readonly("reads", &ChannelGraph::reads)
+      .def_property_readonly("survivors", &ChannelGraph::survivors)
+      .def_property_readonly("candidates", &ChannelGraph::candidates)
       .def("axis_of", [](const ChannelGraph& graph, int32_t tensor, int dim) { return graph.axis_of(tensor, dim); })
       .def_property_readonly("slot_axes", &ChannelGraph::slot_axes,
                              "Per slot and dim the axis; -1 if it never shrinks.")

@@ -64,6 +64,8 @@ class ChannelGraph {
   const std::vector<CostTerm>& macs_terms() const { return macs_; }
   const std::vector<CostTerm>& params_terms() const { return params_; }
   const std::vector<ClassRead>& reads() const { return reads_; }
+  const std::map<int32_t, int>& survivors() const { return propagator_->survivors(); }
+  const std::map<int32_t, std::vector<int>>& candidates() const { return propagator_->candidates(); }
   const std::vector<ScalarArg>& scalar_args() const { return scalar_args_; }
   const Record& record() const { return record_; }
   // Index into axes() of a tensor's dim, -1 where the dim never shrinks.

@@ -57,6 +57,7 @@ Propagator::Propagator(const Record& record) : record_(record) {
     for (const Value& arg : op.args) count_uses(arg, use_count_);
   for (const int32_t t : record.outputs) ++use_count_[t];
 
+  for (const auto& [op, axis] : record.survivors) survivor_[op] = axis;
   slot_labels_.resize(record.num_slots);
   for (int32_t slot = 0; slot < record.num_slots; ++slot) {
     Origin origin{slot, {}};
@@ -322,6 +323,7 @@ void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64
     const auto known = survivor_.find(current_);
     survivor = known != survivor_.end() ? known->second : choose_survivor(roots, sizes, varying);
     survivor_[current_] = survivor;
+    candidates_[current_] = varying;
   }
   std::vector<int32_t> kept(sizes[survivor], -1);
   for (int64_t p = 0; p < total; ++p) {

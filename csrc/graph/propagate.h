@@ -55,6 +55,9 @@ class Propagator {
   const std::vector<Read>& reads() const { return reads_; }
   const std::vector<DerivedArg>& derived() const { return derived_; }
   const std::vector<std::pair<int32_t, int32_t>>& producers() const { return producers_; }
+  // Reshapes that split channels into several axes: the axis that survives, and those that could.
+  const std::map<int32_t, int>& survivors() const { return survivor_; }
+  const std::map<int32_t, std::vector<int>>& candidates() const { return candidates_; }
   const Origin& origin(int32_t tensor) const { return origins_[tensor]; }
 
   // --- what the rules work with -------------------------------------------------------------------------------
@@ -109,7 +112,8 @@ class Propagator {
   std::vector<DerivedArg> derived_;
   std::vector<std::pair<int32_t, int32_t>> producers_;
   std::map<std::tuple<int32_t, int, int>, Ids> fresh_;
-  std::map<int32_t, int> survivor_;           // split site -> axis that survives
+  std::map<int32_t, int> survivor_;  // split site -> axis that survives
+  std::map<int32_t, std::vector<int>> candidates_;
   std::map<int32_t, std::set<int>> avoided_;  // split site -> axes that must not survive
   int32_t current_ = -1;
   bool surveying_ = false;  // first look at split sites: tie nothing there

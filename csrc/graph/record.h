@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace stamp_fast {
@@ -47,6 +48,7 @@ struct Record {
   int32_t num_costed_ops = 0;   // operators [0, n) are one forward; the cost counts those alone
   std::vector<int32_t> pinned;  // slots that something outside the trace aliases
   std::vector<Tie> ties;
+  std::vector<std::pair<int32_t, int32_t>> survivors;  // (reshape, axis of the block): which one survives a split
 };
 
 }  // namespace stamp_fast

@@ -46,6 +46,7 @@ class Aligned(TorchDispatchMode):
         self.running: list[str] = []  # names of the modules that run now, the innermost last
         self._calls = graph.recording.calls[: graph.recording.costed]
         self._needed = needed
+        self._waits_for_add = False
         self._expected: dict[str, list[int]] = {}
         for i in reversed(range(len(self._calls))):
             if base_name(self._calls[i].name) not in VIEWS and self._calls[i].module not in apart:
@@ -57,6 +58,19 @@ class Aligned(TorchDispatchMode):
         if base_name(name) in VIEWS:
             return func(*args, **kwargs)
         expected = self._expected.get(self.running[-1] if self.running else "", [])
+        recorded = [base_name(self._calls[op].name) for op in expected[: -3 if len(expected) > 1 else None : -1]]
+        called = base_name(name)
+        if called == "add" and self._waits_for_add:
+            self._waits_for_add = False
+            return func(*args, **kwargs)
+        # A linear layer is addmm, or mm and add, as the layout of its input has it.
+        if called == "mm" and recorded[:1] == ["addmm"]:
+            self._waits_for_add = True
+            return self.on_call(expected.pop(), func, args, kwargs, shift=1)
+        if called == "addmm" and recorded == ["mm", "add"]:
+            op = expected.pop()
+            expected.pop()
+            return self.on_call(op, func, args, kwargs, shift=-1)
         if not expected or not _same_operator(self._calls[expected[-1]].name, name):
             missed = sorted(self._needed.intersection(expected))
             if missed:
@@ -69,7 +83,8 @@ class Aligned(TorchDispatchMode):
         """Recorded calls that matter but were not run."""
         return sorted(self._needed.intersection(op for calls in self._expected.values() for op in calls))
 
-    def on_call(self, op: int, func, args: tuple, kwargs: dict):
+    def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
+        """`args[i]` is argument `i + shift` of the recorded call."""
         raise NotImplementedError
 
 

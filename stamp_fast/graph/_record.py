@@ -119,6 +119,7 @@ def record(model: nn.Module, example: Any, watch: Watch | None = None) -> Record
             recording.outputs += attempt.outputs
             recording.pinned += attempt.pinned
             recording.values |= attempt.values
+            recording.caches += attempt.caches
     return recording
 
 
@@ -142,7 +143,7 @@ def _record_forward(
 ) -> bytearray:
     """Adds a forward to the recording; which parameters and buffers it used."""
     inputs = batch_of_two(example)
-    with undisturbed(model, modules):
+    with undisturbed(model, modules) as caches:
         for module in modules.values():
             module.__dict__["training"] = training
         recorder = Recorder(recording, tensors, watch)
@@ -175,6 +176,7 @@ def _record_forward(
     if not indices:
         raise TraceError(f"trace: {type(model).__name__}.forward returned no tensor (got {type(output).__name__})")
     recording.outputs += indices
+    recording.caches += caches
     used = recorder.used
     del recorder, inputs, output
     hooks.check_nothing_kept()

@@ -58,6 +58,7 @@ class Recording:
     outputs: list[int]
     pinned: list[int]
     values: dict[int, tuple] = dataclasses.field(default_factory=dict)  # of small constant tensors
+    caches: list[dict] = dataclasses.field(default_factory=list)  # of modules, that the forward has filled
     costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
 
 

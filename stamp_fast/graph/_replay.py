@@ -17,7 +17,8 @@ from ._record import Call, Recording, Ref
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
-_SLICES = ("slice", "narrow", "select")
+_SLICES = frozenset(("slice", "narrow", "select"))
+_TELLING = _SLICES | {"view", "_unsafe_view", "_reshape_alias"}
 # Integer arguments of these are sizes; the shapes that are compared anyway follow from them.
 _SIZE_ARGUMENTS = {
     "native_layer_norm": (1,),
@@ -106,10 +107,11 @@ class _Comparison:
         self.shapes = graph._core.shapes(keep)
         self.derived = {(op, arg): value for op, arg, value in graph._core.scalar_args(keep)}
         self.expected = [i for i, call in enumerate(self.old.calls) if base_name(call.name) not in VIEWS]
-        self.slices = dict(_partial_slices(self.old, self.shapes, lambda *where: _moved(graph, keep, *where)))
+        self.views_of_old = dict(_telling_views(self.old, self.shapes, lambda *where: _moved(graph, keep, *where)))
         self.done = 0  # operators that are no views
         self.views = 0  # since the last of those
-        self.new_slices: list[tuple[int, int, int]] = []
+        self.views_of_new: list[tuple] = []
+        self.waits_for_add = False
 
     def _at(self) -> int:
         return self.expected[min(self.done, len(self.expected) - 1)] if self.expected else 0
@@ -119,33 +121,53 @@ class _Comparison:
         return Mismatch(op, (self.done, self.views), problem, modules)
 
     def watch(self, new: Recording, call: Call, running: list[str]) -> None:
-        if base_name(call.name) in VIEWS:
+        name = base_name(call.name)
+        if name in VIEWS:
             self.views += 1
-            if base_name(call.name) in _SLICES:
-                self.new_slices += [where for _, where in _partial_slices(new, new.shapes, _unmoved, [call])]
+            if name in _TELLING:
+                self.views_of_new += [what for _, what in _telling_views(new, new.shapes, _unmoved, [call])]
+            return
+        if self.waits_for_add and name == "add":
+            self.waits_for_add = False
             return
         if self.done == len(self.expected):
             problem = f"is followed by {call.name}, which the dense network does not run"
             raise _Stop(self._mismatch(problem, tuple(reversed(running))))
         at = self._at()
         try:
-            problem = _difference(at, self.old.calls[at], call, self.old, new, self.shapes, self.derived)
+            was, call, took = self._paired(at, call)
+            problem = _difference(at, was, call, self.old, new, self.shapes, self.derived)
         except Exception as error:  # ours: not to be taken for one of the forward's
             raise _Stop(error) from error
-        problem = problem or self._slices_difference(at)
+        problem = problem or self._views_difference(at)
         if problem:
             raise _Stop(self._mismatch(problem, tuple(reversed(running)), at))
-        self.done += 1
+        self.done += took
         self.views = 0
 
-    def _slices_difference(self, at: int) -> str:
-        """Compares where slices start since the last operator. Their lengths show in shapes, their offsets nowhere."""
+    def _paired(self, at: int, call: Call) -> tuple[Call, Call, int]:
+        """The recorded call and the new one in comparable form, and how many recorded calls that takes.
+
+        A linear layer is addmm, or mm and add, as the layout of its input has it.
+        """
+        was = self.old.calls[at]
+        names = base_name(was.name), base_name(call.name)
+        if names == ("addmm", "mm"):
+            self.waits_for_add = True
+            return dataclasses.replace(was, name=call.name, args=was.args[1:3]), call, 1
+        follows = self.expected[self.done + 1 : self.done + 2]
+        if names == ("mm", "addmm") and follows and base_name(self.old.calls[follows[0]].name) == "add":
+            return was, dataclasses.replace(call, name=was.name, args=call.args[1:3]), 2
+        return was, call, 1
+
+    def _views_difference(self, at: int) -> str:
+        """Compares slices and reshapes since the last operator: offsets and foldings show nowhere else."""
         first = self.expected[self.done - 1] if self.done else -1
-        was = [self.slices[op] for op in range(first + 1, at) if op in self.slices]
-        now, self.new_slices = self.new_slices, []
+        was = [self.views_of_old[op] for op in range(first + 1, at) if op in self.views_of_old]
+        now, self.views_of_new = self.views_of_new, []
         if was == now:
             return ""
-        return f"is fed by slices (dim, start, length) {now} where {was} are predicted"
+        return f"is fed by views {now} where {was} are predicted"
 
     def raised(self, error: TraceError) -> Mismatch:
         """The forward failed before an operator: that is the one after the last that ran."""
@@ -210,19 +232,25 @@ def _moved(graph: ChannelGraph, keep: Any, tensor: int, dim: int, position: int)
     return position if axis < 0 else graph._core.live_before(axis, position, keep)
 
 
-def _partial_slices(
+def _telling_views(
     recording: Recording,
     shapes: list[tuple],
     moved: Callable[[int, int, int], int],
     calls: list[Call] | None = None,
-) -> list[tuple[int, tuple[int, int, int]]]:
-    """(call, (dim, start, length)) of every slice that takes less than the whole dim."""
-    found = []
+) -> list[tuple[int, tuple]]:
+    """(call, (dim, start, length)) of slices of less than the whole dim, (call, (shape, new shape)) of reshapes."""
+    found: list[tuple[int, tuple]] = []
     for op, call in enumerate(recording.calls if calls is None else calls):
         name = base_name(call.name)
-        if name not in _SLICES:
+        if name not in _TELLING:
             continue
         source, out = int(call.args[0]), call.outs[0]
+        if name not in _SLICES:
+            # Dims of 1 come and go; what an operator says of them is compared with its shapes.
+            fold = [tuple(size for size in shapes[t] if size != 1) for t in (source, out)]
+            if fold[0] != fold[1]:
+                found.append((op, (fold[0], fold[1])))
+            continue
         dim = call.args[1] % len(shapes[source])
         size = recording.shapes[source][dim]
         start = call.args[2] or 0

@@ -25,9 +25,10 @@ from ._undisturbed import named_modules
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
-_PROBES = 2  # cuts that have to run as predicted, one after the other
+_PROBES = 3  # cuts that have to run as predicted, one after the other
 _TRIES = 6  # attributes tried per mismatch, the nearest first
 _SUSPECTS = 4  # groups near a mismatch that are tried before all are bisected
+_SPLITS = 12  # calls before the mismatch whose splits are tried the other way
 _REACH = 40  # calls before and after the mismatch whose sizes are candidates
 
 
@@ -63,7 +64,7 @@ def settle(graph: ChannelGraph) -> None:
         found = _replay.compare(graph, graph.plan(keep))
         if found is None:
             seed += 1
-        elif not (_bind(graph, keep, found) or _tie(graph, keep, found)):
+        elif not (_bind(graph, keep, found) or _tie(graph, keep, found) or _resplit(graph, seed, found)):
             _keep_culprit(graph, keep, found)
 
 
@@ -83,8 +84,11 @@ def _probe(graph: ChannelGraph, seed: int) -> torch.Tensor:
         if group.reason is not None or size < 2:
             continue
         used = taken.setdefault(size, set())
-        counts = [c for c in range(1, size) if math.gcd(c, size) == 1]
-        count = min([c for c in counts if c not in used] or counts, key=lambda c: abs(c - wanted))
+        counts = sorted((c for c in range(1, size) if math.gcd(c, size) == 1), key=lambda c: abs(c - wanted))
+        if len(counts) <= seed:  # another count in every probe matters more
+            counts = sorted(range(1, size), key=lambda c: abs(c - wanted))
+        free = [c for c in counts if c not in used] or counts
+        count = free[seed % len(free)]
         used.add(count)
         keep[group.classes.start + order[count:]] = False
     return keep
@@ -177,13 +181,17 @@ def _bind_pieces(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bo
 def _piece_attributes(graph: ChannelGraph, call: _record.Call, found: Mismatch) -> list[Binding]:
     """Where int attributes hold the sizes of the pieces that the call makes: one binding for each attribute."""
     dim = call.args[2] % len(graph.recording.shapes[call.outs[0]])
-    sizes = {graph.recording.shapes[t][dim]: t for t in reversed(call.outs)}
-    bindings: dict[tuple[str, str], Binding] = {}
+    pieces: dict[int, list[int]] = {}
+    for tensor in call.outs:
+        pieces.setdefault(graph.recording.shapes[tensor][dim], []).append(tensor)
+    bindings = []
     for name in found.modules:
         for attribute, value in _int_attributes(graph.model.get_submodule(name)):
-            if isinstance(value, int) and value in sizes:
-                bindings.setdefault((name, attribute), Binding(name, attribute, None, sizes[value], dim))
-    return list(bindings.values())
+            if isinstance(value, int) and pieces.get(value):
+                # Attributes of one value are taken for the pieces in their order.
+                piece = pieces[value].pop(0) if len(pieces[value]) > 1 else pieces[value][0]
+                bindings.append(Binding(name, attribute, None, piece, dim))
+    return bindings
 
 
 def _int_attributes(module: nn.Module) -> Iterator[tuple[str, int | list | tuple]]:
@@ -257,6 +265,36 @@ def _tied_everywhere(graph: ChannelGraph, tie: Tie, found: Mismatch) -> list[Tie
             if other in seconds and _size(graph, first) == _size(graph, seconds[other]):
                 result.append(Tie(first, seconds[other]))
     return result
+
+
+# --- which axis survives a split --------------------------------------------------------------------------------------
+def _resplit(graph: ChannelGraph, seed: int, found: Mismatch) -> bool:
+    """Heads or the width of a head, rows or columns of a shuffle: lets the other axis survive."""
+    before = dict(graph.survivors)
+    chosen, candidates = graph._core.survivors, graph._core.candidates
+    near = range(found.op + 1, max(-1, found.op - _SPLITS), -1)
+    for op in [op for op in near if op in candidates and op not in before]:
+        for axis in candidates[op]:
+            if axis == chosen[op]:
+                continue
+            everywhere = dict.fromkeys(_same_operators(graph, op, found), axis)
+            classes = graph.num_classes
+            graph.rebuild(graph.ties, before | everywhere)
+            # Half as many classes would buy the cut of one group with the freedom of others.
+            if 2 * graph.num_classes > classes and _reach(graph, _probe(graph, seed)) > found.progress:
+                return True
+            graph.rebuild(graph.ties, before)
+    return False
+
+
+def _same_operators(graph: ChannelGraph, op: int, found: Mismatch) -> Iterator[int]:
+    """The operator, and those in its place in other modules of the class of the module at fault."""
+    yield op
+    call = graph.recording.calls[op]
+    index = {id(c): i for i, c in enumerate(graph.recording.calls)}
+    for name in found.modules[:1]:
+        for _, other, _ in _analogues(graph, name, (call.outs[0], 0)):
+            yield index[id(other)]
 
 
 # --- keeping ----------------------------------------------------------------------------------------------------------

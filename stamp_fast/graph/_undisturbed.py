@@ -32,8 +32,16 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[None]:
-    """Restores whatever a forward may change. `modules`: what `named_modules` has found, if that is at hand."""
+def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[list[dict]]:
+    """Restores whatever a forward may change.
+
+    Args:
+        modules: what `named_modules` has found, if that is at hand.
+
+    Yields:
+        A list that holds, at the end, the dicts that got new keys: the caches of the modules.
+    """
+    caches: list[dict] = []
     saved = [_state_of(module) for module in (modules or named_modules(model)).values()]
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
@@ -46,7 +54,7 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             torch.autocast(_autocast_device(model), enabled=False),
         ):
-            yield
+            yield caches
     finally:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -54,10 +62,28 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
         for attributes, before, full, empty in saved:
             for container in empty:
                 if container:
+                    if isinstance(container, dict):
+                        caches.append(container)
                     container.clear()
             for container, contents in full:
+                if isinstance(container, dict) and len(container) > len(contents):
+                    caches.append(container)
                 _restore_container(container, contents)
             _restore_container(attributes, before)
+
+
+@contextlib.contextmanager
+def emptied(caches: list[dict]) -> Iterator[None]:
+    """Inside, the caches are empty, for a forward with other widths; what it leaves there is dropped."""
+    contents = [dict(cache) for cache in caches]
+    for cache in caches:
+        cache.clear()
+    try:
+        yield
+    finally:
+        for cache, before in zip(caches, contents, strict=True):
+            cache.clear()
+            cache.update(before)
 
 
 def _state_of(module: nn.Module) -> tuple[dict, dict, list, list]:

@@ -12,6 +12,7 @@ from . import _plan, _record
 from ._align import Aligned
 from ._record import Ref
 from ._recorder import in_schema_order
+from ._undisturbed import emptied
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -28,7 +29,8 @@ def masked_output(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> Any:
     """
     keep = graph.checked(keep)
     mode = _Masked(graph, keep)
-    with _plan.swapped(graph.plan(graph.all_kept()), _zeroed_readers(graph, keep, mode.apart)):
+    zeroed = _zeroed_readers(graph, keep, mode.apart)
+    with _plan.swapped(graph.plan(graph.all_kept()), zeroed), emptied(graph.recording.caches):
         output = _record.evaluate(graph.model, inputs, mode)
     missed = mode.missed()
     if missed:
@@ -81,21 +83,21 @@ class _Masked(Aligned):
         axis = self.graph._core.axis_of(tensor, dim)
         return None if axis < 0 or self.live[axis].all() else self.live[axis]
 
-    def on_call(self, op: int, func, args: tuple, kwargs: dict):
+    def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
         if op not in self.reads:
             return func(*args, **kwargs)
         values = in_schema_order(func, args, kwargs)
         if all(read.exact for read in self.reads[op]):
-            return self._masked(func, values, op)
+            return self._masked(func, values, op, shift)
         return self._on_live_part(func, values, op)
 
-    def _masked(self, func, values: list, op: int):
+    def _masked(self, func, values: list, op: int, shift: int):
         recorded = self.graph.recording.calls[op].args
         for read in self.reads[op]:
             alive = self._live(read.tensor, read.dim)
             if alive is None:
                 continue
-            position = next(i for i, a in enumerate(recorded) if isinstance(a, Ref) and a == read.tensor)
+            position = next(i for i, a in enumerate(recorded) if isinstance(a, Ref) and a == read.tensor) - shift
             operand = values[position]
             factor = alive.to(operand.device, operand.dtype)
             values[position] = operand * factor.view([-1 if d == read.dim else 1 for d in range(operand.dim())])

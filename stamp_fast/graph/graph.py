@@ -15,7 +15,7 @@ from .._load import graph_core
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
 from ._optimizers import Optimizers
-from ._undisturbed import named_modules
+from ._undisturbed import emptied, named_modules
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -75,6 +75,7 @@ class ChannelGraph:
         self.example = example
         self.bindings: list[_settle.Binding] = []
         self.ties: list[_settle.Tie] = []
+        self.survivors: dict[int, int] = {}  # reshape that splits channels -> axis of it that survives, if not ours
         self.calls_by_module: dict[str, list[_record.Call]] | None = None  # made when something has to be mended
         self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
@@ -84,9 +85,10 @@ class ChannelGraph:
         self._calls = [(c.name, c.args, c.outs) for c in recording.calls]
         self.rebuild([])
 
-    def rebuild(self, ties: list[_settle.Tie]) -> None:
+    def rebuild(self, ties: list[_settle.Tie], survivors: dict[int, int] | None = None) -> None:
         """Groups channels anew, with dims tied that have to stay equally wide. Kept groups stay kept."""
         self.ties = list(ties)
+        self.survivors = self.survivors if survivors is None else survivors
         recording = self.recording
         self._core = graph_core().ChannelGraph(
             recording.shapes,
@@ -97,6 +99,7 @@ class ChannelGraph:
             recording.costed,
             _record.Ref,
             [(*tie.first, *tie.second) for tie in ties],
+            list(self.survivors.items()),
         )
         axes: dict[int, torch.Tensor | None] = {-1: None}  # a weight and its norm's four vectors share one
         for axis in {axis for dims in self._core.slot_axes for axis in dims if axis >= 0}:
@@ -358,16 +361,17 @@ class ChannelGraph:
             index = plan.kept[slot][dim]
             return positions if index is None or isinstance(positions, slice) else torch.searchsorted(index, positions)
 
+        recording.caches = self.recording.caches
         recording.pinned = self.recording.pinned  # on meta tensors nobody sees who shares memory
         graph = ChannelGraph(self.model, self.example, recording)
         graph._kept = [(slot, dim, moved(slot, dim, where), reason) for slot, dim, where, reason in self._kept]
         # Where the same operators run, tensors have the same indices, and what was mended stays so.
         if [(c.name, c.outs) for c in recording.calls] == [(c.name, c.outs) for c in self.recording.calls]:
             graph.bindings = list(self.bindings)
-            graph.rebuild(self.ties)
+            graph.rebuild(self.ties, self.survivors)
         else:
             graph.rebuild([])
-            if self.bindings or self.ties:
+            if self.bindings or self.ties or self.survivors:
                 graph.settle()
         return graph
 
@@ -383,7 +387,7 @@ class ChannelGraph:
         """
         self._check_current()
         plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
-        with plan.virtual(scale):
+        with plan.virtual(scale), emptied(self.recording.caches):
             yield self.model
 
 

@@ -28,13 +28,13 @@ class _Means(Aligned):
         self.counts = torch.zeros(graph.num_classes, dtype=torch.float32)
         self.readers = {read.op for read in graph._core.reads}
 
-    def on_call(self, op: int, func, args: tuple, kwargs: dict):
+    def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
         if op in self.readers:
-            self._look(self.graph.recording.calls[op], args)
+            self._look(self.graph.recording.calls[op].args[max(0, shift) :], args[max(0, -shift) :])
         return func(*args, **kwargs)
 
-    def _look(self, call: _record.Call, args: tuple) -> None:
-        for ref, value in zip(call.args, args, strict=False):
+    def _look(self, recorded: tuple, args: tuple) -> None:
+        for ref, value in zip(recorded, args, strict=False):
             if not isinstance(ref, Ref) or not self.graph.is_activation(ref) or not value.is_floating_point():
                 continue
             for dim in range(value.dim()):
