@@ -39,6 +39,7 @@ def assert_exact(graph: ChannelGraph, *inputs: Tensor, seed: int = 0) -> Tensor:
     """Cuts at random: virtually and for good, the output is that of the masked dense network, and has moved."""
     model, keep = graph.model, random_keep(graph, seed)
     assert not keep.all()
+    left, whole = graph.params(keep), graph.params()
     with torch.no_grad():
         dense = model(*inputs)
         expected = masked_output(graph, keep, inputs)
@@ -48,7 +49,7 @@ def assert_exact(graph: ChannelGraph, *inputs: Tensor, seed: int = 0) -> Tensor:
         graph.compact(keep)
         assert relative_error(model(*inputs), expected) < 1e-9
     assert relative_error(expected, dense) > 1e-4, "the cut did not move the output"
-    assert sum(p.numel() for p in model.parameters()) == graph.params(keep) < graph.params()
+    assert sum(p.numel() for p in model.parameters()) == left < whole
     return keep
 
 
