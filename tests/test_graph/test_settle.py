@@ -180,24 +180,29 @@ def blocks(*hidden: int) -> nn.Sequential:
     )
 
 
-def test_modules_of_one_class_cost_no_further_replays(monkeypatch):
-    count = itertools.count()
+@pytest.fixture
+def replays(monkeypatch) -> list[None]:
+    """One entry for each replay."""
+    done: list[None] = []
     original = _replay.compare
-    monkeypatch.setattr(_replay, "compare", lambda *args: (next(count), original(*args))[1])
-    replays = []
+    monkeypatch.setattr(_replay, "compare", lambda *args: (done.append(None), original(*args))[1])
+    return done
+
+
+def test_modules_of_one_class_cost_no_further_replays(replays):
+    counts = []
     for hidden in ((8, 8), (8, 20, 12, 8, 30, 9, 17, 24)):
         model = blocks(*hidden)
-        before = next(count)
+        replays.clear()
         graph = settled(model, images())
-        replays.append(next(count) - before)
+        counts.append(len(replays))
         assert len(graph.bindings) == len(hidden)
         assert all(f"{i + 2}.a" in prunable(graph) for i in range(len(hidden)))
         assert_exact(graph, images())
-        assert [b.hidden for b in model if isinstance(b, Block)] == [
-            b.a.out_channels for b in model if isinstance(b, Block)
-        ]
-        assert all(b.width == 12 for b in model if isinstance(b, Block)), "nobody reads it"
-    assert replays[0] == replays[1]
+        inside = [module for module in model if isinstance(module, Block)]
+        assert [block.hidden for block in inside] == [block.a.out_channels for block in inside]
+        assert all(block.width == 12 for block in inside), "nobody reads it"
+    assert counts[0] == counts[1]
 
 
 # --- counts ---
@@ -317,17 +322,22 @@ def test_size_that_fits_some_counts(seed):
     assert_exact(graph, images(), seed=seed)
 
 
-def test_literal_is_kept_in_every_block():
+def test_literal_is_kept_in_every_block(replays):
     class Literal(Block):
         def forward(self, x: Tensor) -> Tensor:
             return x + self.b(torch.relu(self.a(x)).view(len(x), 8, *x.shape[2:]))  # fixed in blocks
 
-    model = nn.Sequential(conv(3, 12), *(Literal(12, 8) for _ in range(5)), nn.Flatten(), nn.Linear(12 * 36, 4))
-    graph = settled(model, images())
-    assert prunable(graph) == {"0"}
-    kept = [reasons(graph)[f"{i}.a"] for i in range(1, 6)]
-    assert all(line_of("fixed in blocks") in reason for reason in kept)
-    assert_exact(graph, images())
+    counts = []
+    for count in (2, 16):
+        model = nn.Sequential(conv(3, 12), *(Literal(12, 8) for _ in range(count)), nn.Flatten(), nn.Linear(432, 4))
+        replays.clear()
+        graph = settled(model, images())
+        counts.append(len(replays))
+        assert prunable(graph) == {"0"}
+        kept = [reasons(graph)[f"{i + 1}.a"] for i in range(count)]
+        assert all(line_of("fixed in blocks") in reason for reason in kept)
+        assert_exact(graph, images())
+    assert counts[1] <= 3 * counts[0], "bisection takes its logarithm, further blocks nothing"
 
 
 def test_only_the_combination_fails():
