@@ -12,9 +12,11 @@ What they hold to, by kind of trap:
 | operators that are no readers | `test_factor_behind_a_depthwise_convolution_counts_once` |
 | ties that collapse | `test_shuffle_and_chunk_repeated`, `test_shuffle_with_a_literal_number_of_groups` |
 | statistics over a weight's inputs | `test_standardised_weights`; test_carried.py::`test_parametrized_layers_are_pruned`, `test_parametrizations_over_the_whole_weight_are_kept` |
-| caches | `test_cache_of_the_forward`, `test_cache_that_prune_itself_fills`; test_compact.py::`test_trace_leaves_no_mark` |
+| caches | test_caches.py; test_compact.py::`test_trace_leaves_no_mark` |
 | fast ways that eval mode takes | `test_encoder_layer_of_torch` |
 | attributes found by value | test_settle.py::`test_equal_by_coincidence`, `test_width_and_number_of_heads_alike`, `test_width_as_one_item_of_a_tuple` |
+| what is done over channels | `test_operators_over_channels` |
+| bindings carried to modules of one class | `test_modules_of_one_class_in_other_roles`, `test_sizes_of_a_parent_and_of_a_module_used_twice` |
 | size of the batch | `test_any_batch_gives_the_same_graph` |
 | parts that begin at zero | `test_parts_that_begin_at_zero`, `test_randomised_networks_have_nothing_at_zero` |
 """  # noqa: E501  (a table)
@@ -30,7 +32,6 @@ from reference.randomise import random_keep, randomise, relative_error
 from torch import nn
 
 import stamp_fast
-from stamp_fast import trace
 from stamp_fast.graph._verify import masked_output
 
 
@@ -137,6 +138,86 @@ def test_operators_that_vanish_at_one_channel(body):
         graph.compact(keep)
         assert relative_error(model(pixels()), expected) < 1e-9
     assert model.a.out_channels == model.b.out_channels == 1
+
+
+OVER_CHANNELS = {  # what is done, and whether the channels can go all the same
+    "convolution": (lambda m, h: h * m.eca(h.mean((2, 3))[:, None]).sigmoid().squeeze(1)[..., None, None], False),
+    "local-response-norm": (lambda m, h: nn.functional.local_response_norm(h, 3), False),
+    "top-k": (lambda m, h: h * h.mean((2, 3)).topk(4, 1).values.sum(1)[:, None, None, None], False),
+    "argmax": (lambda m, h: h * (h.mean((2, 3)).argmax(1)[:, None, None, None] + 1), False),
+    "write-to-some": (lambda m, h: (lambda y: (y[:, 2:5].mul_(2), y)[1])(h.clone()), False),
+    "odd-ones": (lambda m, h: h * (torch.arange(h.shape[1], device=h.device) % 2)[:, None, None], False),
+    "standardise": (lambda m, h: (h - h.mean(1, True)) / (h.var(1, keepdim=True) + 1).sqrt(), True),
+    "global-response-norm": (lambda m, h: h * (lambda g: g / (g.mean(1, True) + 1))(h.norm(dim=(2, 3), keepdim=True)),
+                             True),
+    "cosine": (lambda m, h: h * nn.functional.cosine_similarity(h, h.roll(1, 2), 1)[:, None], True),
+    "gram-of-itself": (lambda m, h: (h.flatten(2) @ h.flatten(2).mT @ h.flatten(2)).view(h.shape), True),
+    "dynamic-depthwise": (lambda m, h: nn.functional.conv2d(
+        h.reshape(1, -1, 6, 6), m.kernels(h.mean((2, 3))).reshape(-1, 1, 3, 3), padding=1, groups=len(h) * h.shape[1]
+    ).view(h.shape), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OVER_CHANNELS)
+def test_operators_over_channels(kind):
+    middle, free = OVER_CHANNELS[kind]
+    parts = {"eca": nn.Conv1d(1, 1, 3, padding=1)} if kind == "convolution" else {}
+    parts |= {"kernels": nn.Linear(16, 144)} if kind == "dynamic-depthwise" else {}
+    model = around(middle, **parts)
+    graph = settled(model, pixels())
+    assert prunable(graph) == ({"a", "b"} if free else {"b"})
+    assert free or f"{__file__}:" in reasons(graph)["a"]
+    assert_exact(graph, pixels())
+
+
+# --- modules of one class ---
+class Role(nn.Module):
+    """One class, two forwards, a list of sizes that several may share."""
+
+    def __init__(self, sizes: list[int], turned: bool) -> None:
+        super().__init__()
+        self.sizes, self.turned, self.width = sizes, turned, sum(sizes)
+        self.a, self.b = conv(12, self.width), conv(self.width, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.a(x))
+        if self.turned:
+            h = torch.cat([p * (i + 1) for i, p in enumerate(h.split(self.sizes, 1))][::-1], 1)
+        return x + self.b(h.view(len(x), self.width, -1).sin().view(h.shape))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_modules_of_one_class_in_other_roles(seed):
+    shared = [4, 12]
+    body = [Role(shared, True), Role(shared, True), Role([3, 13], False), Role([10, 6], True), Role(shared, False)]
+    model = nn.Sequential(conv(3, 12), *body, nn.Flatten(), nn.Linear(432, 4))
+    graph = settled(model, pixels())
+    assert prunable(graph) == {"0", *(f"{i + 1}.a" for i in range(5))}
+    assert_exact(graph, pixels(), seed=seed)
+    for role in body:
+        assert role.width == role.a.out_channels < 16
+        assert sum(role.sizes) == (role.width if role.turned else 16)
+    assert body[4].sizes is shared, "nobody cuts in there by this list"
+
+
+def test_sizes_of_a_parent_and_of_a_module_used_twice():
+    class Inner(nn.Module):
+        def forward(self, h: torch.Tensor, width: int) -> torch.Tensor:
+            return h.view(len(h), width, -1).sin().view(len(h), self.outer, 6, 6)
+
+    def forward(m: Custom, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(m.a(x))
+        for _ in range(2):
+            h = torch.relu(m.c(m.inner(h, m.width)))
+        return m.head(torch.relu(m.b(h)).mean((2, 3)))
+
+    parts = {"a": conv(3, 16), "c": conv(16, 16), "b": conv(16, 10), "head": nn.Linear(10, 4)}
+    model = Custom(forward, **parts, inner=Inner(), width=16)
+    model.inner.outer = 16
+    graph = settled(model, pixels())
+    assert prunable(graph) == {"a", "b"}
+    assert_exact(graph, pixels())
+    assert model.width == model.inner.outer == model.c.in_channels == model.c.out_channels < 16
 
 
 # --- attention ---
@@ -325,67 +406,6 @@ def test_table_of_position_biases():
     assert_exact(graph, tokens())
     assert len(model.table) == 13
     assert torch.equal(model.index, index)
-
-
-# --- what a forward keeps ---
-class Cached(nn.Module):
-    """Keeps the bias that it has picked from a table, as LeViT does: in eval mode the next forward takes it."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.a, self.b, self.head = conv(3, 16, 3), conv(16, 10, 3), nn.Linear(10, 4)
-        self.table = nn.Parameter(torch.empty(9, 16))
-        self.register_buffer("index", torch.arange(36) % 9, persistent=False)
-        self.cache: dict[str, torch.Tensor] = {}
-        self.kept: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.relu(self.a(x))
-        if self.training:
-            bias = self.table[self.index].T.view(-1, 6, 6)
-        elif self.kind == "dict":
-            if str(x.device) not in self.cache:
-                self.cache[str(x.device)] = self.table[self.index].T.view(-1, 6, 6)
-            bias = self.cache[str(x.device)]
-        else:
-            if self.kept is None or self.kept.device != x.device:
-                self.kept = self.table[self.index].T.view(-1, 6, 6)
-            bias = self.kept
-        return self.head(torch.relu(self.b(h + bias)).mean((2, 3)))
-
-
-STALE = pytest.mark.xfail(strict=True, reason="what a dense forward has cached stays dense after the cut")
-
-
-@pytest.mark.parametrize("filled", [False, pytest.param(True, marks=STALE)])
-@pytest.mark.parametrize("kind", ["dict", "attribute"])
-def test_cache_of_the_forward(kind, filled):
-    """The trace leaves no meta tensor behind, and no dense bias outlives the cut."""
-    model = randomise(Cached(kind)).double().eval()
-    if filled:
-        with torch.no_grad():
-            model(pixels())
-    graph = trace(model, pixels())
-    graph.settle()
-    assert not any(t.device.type == "meta" for t in (*model.cache.values(), model.kept) if t is not None)
-    keep = random_keep(graph)
-    with torch.no_grad():
-        expected = masked_output(graph, keep, pixels())
-        graph.compact(keep)
-        assert relative_error(model(pixels()), expected) < 1e-9
-        assert relative_error(model(pixels()), expected) < 1e-9, "the second forward, from the cache"
-
-
-@STALE
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "stamp"])
-@pytest.mark.parametrize("kind", ["dict", "attribute"])
-def test_cache_that_prune_itself_fills(kind, method):
-    model = randomise(Cached(kind))
-    batch = pixels(count=8).float(), torch.randint(4, (8,))
-    stamp_fast.prune(model, [batch], method=method, steps=2, seed=0, progress=False)
-    assert stamp_fast.report(model).equality_error < 1e-5
-    assert model.eval()(batch[0]).shape == (8, 4)
 
 
 # --- the example ---
