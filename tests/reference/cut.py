@@ -58,6 +58,12 @@ def prunable(graph: ChannelGraph) -> set[str]:
     return {group.name.partition("#")[0] for group in graph.prunable}
 
 
+def cut_layers(graph: ChannelGraph) -> set[str]:
+    """Layers that emit channels which can be removed, by whatever name their group goes."""
+    pairs = zip(graph.groups, graph.layers(), strict=True)
+    return {name for group, names in pairs if group.reason is None for name in names}
+
+
 def reasons(graph: ChannelGraph) -> dict[str, str]:
     """Why layers, or some of their channels, are kept."""
     groups = (*graph.groups, *graph.frozen, *graph.unlisted())
