@@ -74,19 +74,23 @@ def _probe(graph: ChannelGraph, seed: int) -> torch.Tensor:
     Equal counts would hide a size that is taken from the wrong group, and a divisor of the width one that a view with
     an open dim absorbs.
     """
+    fractions = torch.rand(len(graph.groups), generator=torch.Generator().manual_seed(0)).tolist()
     generator = torch.Generator().manual_seed(seed)
     keep = graph.all_kept()
     taken: dict[int, set[int]] = {}
-    for group in graph.groups:
+    for group, fraction in zip(graph.groups, fractions, strict=True):
         size = group.num_classes
         order = torch.randperm(size, generator=generator)
-        wanted = size * (0.3 + 0.5 * torch.rand((), generator=generator).item())
         if group.reason is not None or size < 2:
             continue
         used = taken.setdefault(size, set())
-        counts = sorted((c for c in range(1, size) if math.gcd(c, size) == 1), key=lambda c: abs(c - wanted))
-        if len(counts) <= seed:  # another count in every probe matters more
-            counts = sorted(range(1, size), key=lambda c: abs(c - wanted))
+
+        def distance(count: int, wanted: float = size * (0.3 + 0.5 * fraction)) -> float:
+            return abs(count - wanted)
+
+        counts = sorted((c for c in range(1, size) if math.gcd(c, size) == 1), key=distance)
+        if len(counts) < _PROBES:  # another count in every probe matters more
+            counts = sorted(range(1, size), key=distance)
         free = [c for c in counts if c not in used] or counts
         count = free[seed % len(free)]
         used.add(count)
@@ -105,28 +109,36 @@ def _bind(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
         return True
     before = graph.bindings
     for candidate in itertools.islice(_bindings(graph, keep, found), _TRIES):
-        graph.bindings = before + candidate
+        graph.bindings = _with(before, candidate)
         reached = _reach(graph, keep)
         if reached > found.progress:
-            graph.bindings = before + _everywhere(graph, candidate)
+            graph.bindings = _with(before, _everywhere(graph, candidate))
             if _reach(graph, keep) < reached:
-                graph.bindings = before + candidate
+                graph.bindings = _with(before, candidate)
             return True
     graph.bindings = before
     return False
 
 
+def _with(bindings: list[Binding], new: list[Binding]) -> list[Binding]:
+    """An attribute that was bound to the wrong one of two equal widths is bound anew."""
+    again = {(b.module, b.attribute, b.item) for b in new}
+    return [b for b in bindings if (b.module, b.attribute, b.item) not in again] + new
+
+
 def _bindings(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[list[Binding]]:
-    bound = {(b.module, b.attribute, b.item) for b in graph.bindings}
+    shapes = graph._core.shapes(graph._bytes(keep))
+    bound = {(b.module, b.attribute, b.item, b.times * shapes[b.tensor][b.dim]) for b in graph.bindings}
     sizes = list(_changed_sizes(graph, keep, found))
     for times in (1, 2, 3, 4):
         for name in found.modules:
             for attribute, value in _int_attributes(graph.model.get_submodule(name)):
                 if isinstance(value, int):
                     for tensor, dim, size in sizes:
-                        if value == times * size and (name, attribute, None) not in bound:
+                        now = times * shapes[tensor][dim]
+                        if value == times * size and (name, attribute, None, now) not in bound:
                             yield [Binding(name, attribute, None, tensor, dim, times)]
-                elif times == 1 and (name, attribute, 0) not in bound:
+                elif times == 1 and not any(b[:3] == (name, attribute, 0) for b in bound):
                     for call in _calls_near(graph, found):
                         pieces = _pieces(graph, call, name, attribute, value)
                         if pieces:
@@ -259,7 +271,7 @@ def _levelled(graph: ChannelGraph, keep: torch.Tensor, tie: Tie) -> torch.Tensor
 
 def _tied_everywhere(graph: ChannelGraph, tie: Tie, found: Mismatch) -> list[Tie]:
     result = [tie]
-    for name in found.modules[:1]:
+    for name in _at_fault(graph, found):
         seconds = {other: place for other, _, place in _analogues(graph, name, tie.second)}
         for other, _, first in _analogues(graph, name, tie.first):
             if other in seconds and _size(graph, first) == _size(graph, seconds[other]):
@@ -292,7 +304,7 @@ def _same_operators(graph: ChannelGraph, op: int, found: Mismatch) -> Iterator[i
     yield op
     call = graph.recording.calls[op]
     index = {id(c): i for i, c in enumerate(graph.recording.calls)}
-    for name in found.modules[:1]:
+    for name in _at_fault(graph, found):
         for _, other, _ in _analogues(graph, name, (call.outs[0], 0)):
             yield index[id(other)]
 
@@ -333,7 +345,7 @@ def _keep_culprit(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> N
 
 def _like(graph: ChannelGraph, group: int, found: Mismatch) -> Iterator[int]:
     """What is in the place of the group in the other modules of the class of the module at fault."""
-    for name in found.modules[:1]:
+    for name in _at_fault(graph, found):
         for call in _calls_of(graph, name):
             for tensor in _tensors(call):
                 for dim in range(len(graph.recording.shapes[tensor])):
@@ -341,6 +353,12 @@ def _like(graph: ChannelGraph, group: int, found: Mismatch) -> Iterator[int]:
                         for _, _, place in _analogues(graph, name, (tensor, dim)):
                             yield from graph._core.groups_of(*place)
                         return
+
+
+def _at_fault(graph: ChannelGraph, found: Mismatch) -> list[str]:
+    """The innermost running module of a class that is not torch's, if any: what it does, others of its class do too."""
+    classes = ((name, type(graph.model.get_submodule(name))) for name in found.modules)
+    return [name for name, kind in classes if not kind.__module__.startswith("torch.")][:1]
 
 
 # --- places in the recording ------------------------------------------------------------------------------------------
