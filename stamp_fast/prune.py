@@ -18,6 +18,7 @@ from .errors import ArgumentError, CompactionError, TraceError
 from .graph import ChannelGraph, trace
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
+from .graph._undisturbed import attributes_restored
 from .graph._verify import difference, masked_output
 from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
@@ -84,7 +85,8 @@ def prune(
             if seed is not None:
                 torch.manual_seed(seed)
             with phases("trace"), in_mode(network, training=False):
-                check_forward(network, batches.first, loss_fn)
+                with attributes_restored(network):  # a cache of the dense network would be taken for a constant
+                    check_forward(network, batches.first, loss_fn)
                 graph = trace(network, inputs)
                 graph.protect(keep)
                 graph.settle()

@@ -67,8 +67,7 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: Optimizers, ema: nn.Module
     except BaseException:
         snapshot.restore()
         raise
-    for cache in graph.recording.caches:  # what was worked out for the old widths
-        cache.clear()
+    graph.recording.caches.clear()  # what was worked out for the old widths
 
 
 def _gather(plan: Plan, slot_of: list[int], tensors: list[torch.Tensor]) -> list[torch.Tensor]:

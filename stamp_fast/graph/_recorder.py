@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._shapes import FAST, remembered
+from ._undisturbed import Caches
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(__file__) + os.sep
@@ -58,7 +59,7 @@ class Recording:
     outputs: list[int]
     pinned: list[int]
     values: dict[int, tuple] = dataclasses.field(default_factory=dict)  # of small constant tensors
-    caches: list[dict] = dataclasses.field(default_factory=list)  # of modules, that the forward has filled
+    caches: Caches = dataclasses.field(default_factory=Caches)
     costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
 
 

@@ -74,25 +74,23 @@ def _probe(graph: ChannelGraph, seed: int) -> torch.Tensor:
     Equal counts would hide a size that is taken from the wrong group, and a divisor of the width one that a view with
     an open dim absorbs.
     """
-    fractions = torch.rand(len(graph.groups), generator=torch.Generator().manual_seed(0)).tolist()
     generator = torch.Generator().manual_seed(seed)
     keep = graph.all_kept()
     taken: dict[int, set[int]] = {}
-    for group, fraction in zip(graph.groups, fractions, strict=True):
+    for index, group in enumerate(graph.groups):
         size = group.num_classes
+        # Far from the neighbour's, and from its own in the other probes.
+        wanted = size * (0.15 + 0.7 * ((0.618 * index + 0.37 * seed) % 1))
         order = torch.randperm(size, generator=generator)
         if group.reason is not None or size < 2:
             continue
         used = taken.setdefault(size, set())
 
-        def distance(count: int, wanted: float = size * (0.3 + 0.5 * fraction)) -> float:
-            return abs(count - wanted)
-
-        counts = sorted((c for c in range(1, size) if math.gcd(c, size) == 1), key=distance)
+        counts = [c for c in range(1, size) if math.gcd(c, size) == 1]
         if len(counts) < _PROBES:  # another count in every probe matters more
-            counts = sorted(range(1, size), key=distance)
+            counts = list(range(1, size))
         free = [c for c in counts if c not in used] or counts
-        count = free[seed % len(free)]
+        count = min(free, key=lambda c: abs(c - wanted))  # noqa: B023  (used at once)
         used.add(count)
         keep[group.classes.start + order[count:]] = False
     return keep

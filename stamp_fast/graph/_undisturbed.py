@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from operator import is_
 from typing import Any
@@ -31,18 +32,59 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@dataclasses.dataclass
+class Caches:
+    """What forwards keep in modules for the next time: dicts that got new keys, attributes that became tensors."""
+
+    dicts: list[dict] = dataclasses.field(default_factory=list)
+    attributes: list[tuple[dict, str, Any]] = dataclasses.field(default_factory=list)  # with the value before
+
+    def __iadd__(self, other: Caches) -> Caches:
+        self.dicts += other.dicts
+        self.attributes += other.attributes
+        return self
+
+    def clear(self) -> None:
+        for cache in self.dicts:
+            cache.clear()
+        for attributes, name, before in self.attributes:
+            attributes[name] = before
+
+
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[list[dict]]:
-    """Restores whatever a forward may change.
+def attributes_restored(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[Caches]:
+    """Puts back, at the end, what forwards change in modules: attributes, and what their containers hold.
 
     Args:
         modules: what `named_modules` has found, if that is at hand.
 
     Yields:
-        A list that holds, at the end, the dicts that got new keys: the caches of the modules.
+        Empty; holds at the end what was a cache.
     """
-    caches: list[dict] = []
+    caches = Caches()
     saved = [_state_of(module) for module in (modules or named_modules(model)).values()]
+    try:
+        yield caches
+    finally:
+        for attributes, before, full, empty in saved:
+            for container in empty:
+                if container:
+                    if isinstance(container, dict):
+                        caches.dicts.append(container)
+                    container.clear()
+            for container, contents in full:
+                if isinstance(container, dict) and len(container) > len(contents):
+                    caches.dicts.append(container)
+                _restore_container(container, contents)
+            for name, value in attributes.items():
+                if isinstance(value, torch.Tensor) and name in before and before[name] is None:
+                    caches.attributes.append((attributes, name, None))
+            _restore_container(attributes, before)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[Caches]:
+    """A forward in here leaves no mark: not on modules, RNG or switches. See `attributes_restored`."""
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -50,6 +92,7 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
     torch.use_deterministic_algorithms(False)  # it makes other operators of some, on some devices
     try:
         with (
+            attributes_restored(model, modules) as caches,
             torch.no_grad(),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             torch.autocast(_autocast_device(model), enabled=False),
@@ -59,31 +102,22 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_rng_state(rng)
-        for attributes, before, full, empty in saved:
-            for container in empty:
-                if container:
-                    if isinstance(container, dict):
-                        caches.append(container)
-                    container.clear()
-            for container, contents in full:
-                if isinstance(container, dict) and len(container) > len(contents):
-                    caches.append(container)
-                _restore_container(container, contents)
-            _restore_container(attributes, before)
 
 
 @contextlib.contextmanager
-def emptied(caches: list[dict]) -> Iterator[None]:
+def emptied(caches: Caches) -> Iterator[None]:
     """Inside, the caches are empty, for a forward with other widths; what it leaves there is dropped."""
-    contents = [dict(cache) for cache in caches]
-    for cache in caches:
-        cache.clear()
+    contents = [dict(cache) for cache in caches.dicts]
+    values = [attributes.get(name) for attributes, name, _ in caches.attributes]
+    caches.clear()
     try:
         yield
     finally:
-        for cache, before in zip(caches, contents, strict=True):
+        for cache, before in zip(caches.dicts, contents, strict=True):
             cache.clear()
             cache.update(before)
+        for (attributes, name, _), value in zip(caches.attributes, values, strict=True):
+            attributes[name] = value
 
 
 def _state_of(module: nn.Module) -> tuple[dict, dict, list, list]:
