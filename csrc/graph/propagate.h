@@ -55,17 +55,17 @@ class Propagator {
   const std::vector<Read>& reads() const { return reads_; }
   const std::vector<DerivedArg>& derived() const { return derived_; }
   const std::vector<std::pair<int32_t, int32_t>>& producers() const { return producers_; }
-  const Origin& origin(int32_t tensor) const { return origins_[tensor]; }
+  const Origin& origin(int32_t tensor) const { return origins_.at(tensor); }
 
   // --- what the rules work with -------------------------------------------------------------------------------
-  const std::vector<int64_t>& shape(int32_t tensor) const { return record_.tensors[tensor].shape; }
+  const Checked<int64_t>& shape(int32_t tensor) const { return record_.tensors.at(tensor).shape; }
   int rank(int32_t tensor) const { return static_cast<int>(shape(tensor).size()); }
   Axis axis(int32_t tensor, int dim) const;
   Labels labels_of(int32_t tensor) const;
   void set(int32_t tensor, Labels labels);
-  void set_origin(int32_t tensor, Origin origin) { origins_[tensor] = std::move(origin); }
-  bool is_used(int32_t tensor) const { return use_count_[tensor] > 0; }
-  bool is_slot_view(int32_t tensor) const { return origins_[tensor].slot >= 0; }
+  void set_origin(int32_t tensor, Origin origin);
+  bool is_used(int32_t tensor) const { return use_count_.at(tensor) > 0; }
+  bool is_slot_view(int32_t tensor) const { return origins_.at(tensor).slot >= 0; }
 
   void freeze(const Axis& axis, const std::string& reason);
   bool partly_frozen(const Axis& axis) const;

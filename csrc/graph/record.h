@@ -3,9 +3,23 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace stamp_fast {
+
+// A vector whose [] throws std::out_of_range: records come from outside, and no rule may read past what it is given.
+template <typename T>
+class Checked : public std::vector<T> {
+ public:
+  using std::vector<T>::vector;
+  Checked(std::vector<T> values) : std::vector<T>(std::move(values)) {}
+  T& operator[](size_t i) { return this->at(i); }
+  const T& operator[](size_t i) const { return this->at(i); }
+};
+
+// More positions along labelled dims than this are no channels, and would not fit into memory.
+constexpr int64_t kMaxPositions = int64_t{1} << 28;
 
 // One operator argument, in schema order; defaults are already filled in by the tracer.
 struct Value {
@@ -21,13 +35,13 @@ struct Value {
 };
 
 struct TensorInfo {
-  std::vector<int64_t> shape;
+  Checked<int64_t> shape;
 };
 
 struct Op {
-  std::string name;         // "aten.add_.Tensor"
-  std::vector<Value> args;  // in schema order
-  std::vector<int32_t> outs;
+  std::string name;     // "aten.add_.Tensor"
+  Checked<Value> args;  // in schema order
+  Checked<int32_t> outs;
 };
 
 // Two dims of one size that the forward takes to be equal: their positions live or die together.
@@ -48,5 +62,9 @@ struct Record {
   std::vector<int32_t> pinned;  // slots that something outside the trace aliases
   std::vector<Tie> ties;
 };
+
+// Throws std::invalid_argument where an index points nowhere or a size is no size. What operators do with their
+// arguments is the rules' business: one that does not fit its arguments freezes them.
+void validate(const Record& record);
 
 }  // namespace stamp_fast

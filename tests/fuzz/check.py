@@ -117,9 +117,9 @@ def _prune(
     dense_net = copy.deepcopy(net)
     try:
         expected = _output_tensors(masked_output(graph, keep, inputs))
-    except TraceError:
+    except TraceError as error:
         expected = None
-        notes["no masked output: other operators on real tensors"] += 1
+        notes[f"no masked output: {_one_line(error).removeprefix('TraceError: ')}"] += 1
     by_hand = None
     if all(_is_plain(b) for b in spec.blocks) and spec.head not in (7,):
         by_hand = _outputs(_masked_by_hand(net, kept_positions(graph, keep)), inputs)

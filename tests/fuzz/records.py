@@ -53,6 +53,7 @@ def write_record(graph: ChannelGraph, path: Path) -> None:
     is_parameter = [id(t) in parameters for t in slot_tensors(graph.model).values()]
     parts = [_number(len(recording.shapes)), *(_numbers(shape) for shape in recording.shapes)]
     parts += [_numbers(is_parameter), _numbers(recording.outputs), _numbers(sorted(set(recording.pinned)))]
+    parts += [_numbers(())]  # ties
     parts += [_number(recording.costed), _number(len(recording.calls))]
     for call in recording.calls:
         name = call.name.encode()
