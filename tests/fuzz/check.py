@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stamp_fast import ChannelGraph, CompactionError, TraceError, trace
 from stamp_fast.graph._align import base_name
 from stamp_fast.graph._record import _output_tensors, undisturbed
-from stamp_fast.graph._verify import difference, masked_output
+from stamp_fast.graph._verify import masked_output
 from tests.reference.masked import kept_positions, with_zeroed_readers
 from tests.reference.randomise import randomise
 

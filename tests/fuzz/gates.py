@@ -21,7 +21,7 @@ def squeeze(d: Draw) -> nn.Module:
         (lambda m, x: x * torch.sigmoid(m.up(torch.relu(m.down(x.mean((2, 3))))))[:, :, None, None], lines),
         (
             lambda m, x: x
-            * torch.sigmoid(m.up(torch.relu(m.down(F.adaptive_avg_pool2d(x, 1).view(x.shape[0], c))))).view(-1, c, 1, 1),
+            * torch.sigmoid(m.up(torch.relu(m.down(F.adaptive_avg_pool2d(x, 1).view(-1, c))))).view(-1, c, 1, 1),
             lines,
         ),
         (

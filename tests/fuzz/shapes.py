@@ -127,6 +127,9 @@ def split(d: Draw) -> nn.Module | None:
         lambda m, x: x.split(size, 1),
         lambda m, x: x.split(sizes, 1),
         lambda m, x: x.split(m.size, 1),
+        lambda m, x: torch.unsafe_split(x, size, 1),
+        lambda m, x: torch.unsafe_split_with_sizes(x, sizes, 1),
+        lambda m, x: torch.split_with_sizes_copy(x, sizes, 1),
         lambda m, x: [x[:, i * (x.shape[1] // pieces) : (i + 1) * (x.shape[1] // pieces)] for i in range(pieces)],
         lambda m, x: [x[:, i * size : (i + 1) * size] for i in range(pieces)],
         lambda m, x: x.view(x.shape[0], pieces, -1, *x.shape[2:]).unbind(1),
@@ -423,7 +426,8 @@ def views(d: Draw) -> nn.Module | None:
             return m.fc(m.norm(y)).permute(0, 3, 1, 2)
 
         runs += [
-            lambda m, x: x.view(x.shape[0], -1, 2, h // 2, w).permute(0, 2, 1, 3, 4).flatten(0, 1).unflatten(0, (-1, 2)).amax(1),
+            lambda m, x: x.view(-1, c, 2, h // 2, w).transpose(1, 2).flatten(0, 1).unflatten(0, (-1, 2)).amax(1),
+            lambda m, x: x.view(len(x), -1, 2, h // 2, w).transpose(1, 2).flatten(0, 1).unflatten(0, (-1, 2)).amax(1),
             partition,
             merging,
         ]  # fmt: skip # noqa: E501
