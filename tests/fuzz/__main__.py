@@ -140,6 +140,8 @@ def main() -> int:
             total.operators.update(chunk.operators)
             total.notes.update(chunk.notes)
             total.failures.extend(chunk.failures)
+            for spec, message in chunk.failures:
+                print(f"{message}\n    {spec}", file=sys.stderr, flush=True)
             done = sum(total.statuses.values())
             print(f"{done}/{options.networks} networks, {len(total.failures)} failures, "
                   f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
