@@ -59,14 +59,15 @@ cpp: build
 # they are and mutated (by libFuzzer too, where there is clang). ARGS="--networks 10000 --seed 1", FUZZ_SECONDS=600
 fuzz: build
 	rm -rf $(FUZZ_BUILD)/records
-	$(BIN)/python -m tests.fuzz --records $(FUZZ_BUILD)/records $(ARGS)
+	mkdir -p $(FUZZ_BUILD)/corpus
+	$(BIN)/python -m tests.fuzz --records $(FUZZ_BUILD)/records --failures $(FUZZ_BUILD)/failures.txt $(ARGS)
 	$(BIN)/cmake -S . -B $(FUZZ_BUILD) -G Ninja -DSF_SANITIZE=ON -DSF_FUZZ=ON \
 		$(addprefix -DCMAKE_CXX_COMPILER=,$(shell command -v clang++))
 	$(BIN)/cmake --build $(FUZZ_BUILD)
 	$(FUZZ_BUILD)/fuzz_record $(FUZZ_SECONDS) $(FUZZ_BUILD)/records
-	mkdir -p $(FUZZ_BUILD)/corpus
 	test ! -x $(FUZZ_BUILD)/fuzz_libfuzzer || $(FUZZ_BUILD)/fuzz_libfuzzer $(FUZZ_BUILD)/corpus $(FUZZ_BUILD)/records \
-		-max_len=8000 -timeout=10 -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1
+		-max_len=8000 -timeout=10 -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$(FUZZ_BUILD)/ \
+		-verbosity=0 -print_final_stats=1
 
 # A process and a result file each; for a quick look ARGS="--rounds 2".
 bench: build

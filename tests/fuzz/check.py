@@ -119,7 +119,12 @@ def _prune(
         expected = _output_tensors(masked_output(graph, keep, inputs))
     except TraceError as error:
         expected = None
-        notes[f"no masked output: {_one_line(error).removeprefix('TraceError: ')}"] += 1
+        what = (
+            "in a network with recurrent layers"
+            if "'recurrent'" in repr(spec)
+            else _one_line(error).split(" in mod")[0]
+        )
+        notes[f"no masked output: {what}"] += 1
     by_hand = None
     if all(_is_plain(b) for b in spec.blocks) and spec.head not in (7,):
         by_hand = _outputs(_masked_by_hand(net, kept_positions(graph, keep)), inputs)

@@ -379,6 +379,9 @@ def space(d: Draw) -> nn.Module | None:
         lambda m, x: x * x.std(3, keepdim=True) + torch.logsumexp(x, 2, keepdim=True) + x.norm(dim=3, keepdim=True),
         lambda m, x: torch.log_softmax(x, 3) + x.prod(2, keepdim=True) * (x > 0).any(3, keepdim=True),
         lambda m, x: x * (x > -1).all(3, keepdim=True) + x.sum(2, keepdim=True),
+        lambda m, x: x.unfold(2, 3, 1).mean(-1),
+        lambda m, x: x.index_put((torch.tensor([0]),), torch.zeros((), dtype=x.dtype)),
+        lambda m, x: torch.cat([x[:, :, [0, 2]], x[:, :, 1:]], 2),
     )
     return Part(run, grid=torch.rand(1, 4, 3, 2, generator=torch.Generator().manual_seed(h * w)) * 2 - 1)
 
