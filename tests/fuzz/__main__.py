@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--networks", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--failures", type=Path, default=Path("fuzz_failures.txt"), help="failing specs go here")
+    parser.add_argument("--failures", type=Path, default=Path("build/fuzz_failures.txt"), help="failing specs go here")
     parser.add_argument("--records", type=Path, help="folder for the operator records, for tests/cpp/fuzz_record.cpp")
     parser.add_argument("--json", type=Path, help="the summary as JSON")
     parser.add_argument("--no-shrink", action="store_true")
@@ -156,6 +156,7 @@ def _report_failures(total: Chunk, options: argparse.Namespace) -> None:
     kinds: dict[str, list] = {}
     for spec, message in total.failures:
         kinds.setdefault(_signature(message), []).append((spec, message))
+    options.failures.parent.mkdir(parents=True, exist_ok=True)
     with options.failures.open("w") as file:
         for found in sorted(kinds.values(), key=len, reverse=True):
             spec, message = min(found, key=lambda f: len(repr(f[0])))
