@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPP_BUILD := build/cpp
+FUZZ_BUILD := build/fuzz
+FUZZ_SECONDS ?= 60
 # Passed on: make demo ARGS="--help", make test ARGS="-k pack_weights"
 ARGS ?=
 
@@ -12,7 +14,7 @@ FORMATTED := $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -na
 # One ninja for every build: another version would start over.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: build demo lint test test-all pytest cpp bench clean
+.PHONY: build demo lint test test-all pytest cpp fuzz bench clean
 
 build: $(VENV)/.native
 
@@ -52,6 +54,20 @@ cpp: build
 	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DSF_SANITIZE=ON
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+# Random networks, compacted against masked; then their operator records through the C++ core under ASan and UBSan, as
+# they are and mutated (by libFuzzer too, where there is clang). ARGS="--networks 10000 --seed 1", FUZZ_SECONDS=600
+fuzz: build
+	rm -rf $(FUZZ_BUILD)/records
+	mkdir -p $(FUZZ_BUILD)/corpus
+	$(BIN)/python -m tests.fuzz --records $(FUZZ_BUILD)/records --failures $(FUZZ_BUILD)/failures.txt $(ARGS)
+	$(BIN)/cmake -S . -B $(FUZZ_BUILD) -G Ninja -DSF_SANITIZE=ON -DSF_FUZZ=ON \
+		$(addprefix -DCMAKE_CXX_COMPILER=,$(shell command -v clang++))
+	$(BIN)/cmake --build $(FUZZ_BUILD)
+	$(FUZZ_BUILD)/fuzz_record $(FUZZ_SECONDS) $(FUZZ_BUILD)/records
+	test ! -x $(FUZZ_BUILD)/fuzz_libfuzzer || $(FUZZ_BUILD)/fuzz_libfuzzer $(FUZZ_BUILD)/corpus $(FUZZ_BUILD)/records \
+		-max_len=8000 -timeout=10 -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$(FUZZ_BUILD)/ \
+		-verbosity=0 -print_final_stats=1
 
 # A process and a result file each; for a quick look ARGS="--rounds 2".
 bench: build

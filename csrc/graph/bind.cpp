@@ -16,40 +16,40 @@ namespace {
 
 using Keep = py::array_t<uint8_t, py::array::c_style | py::array::forcecast>;
 
+int64_t to_integer(PyObject* number) {
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(number, &overflow);
+  if (overflow == 0) return value;
+  return overflow > 0 ? INT64_MAX : INT64_MIN;
+}
+
 // `ref` is the Python class (a subclass of int) that marks a tensor index among the arguments.
-Value to_value(py::handle object, PyObject* ref) {
+Value to_value(py::handle object, PyObject* ref, int depth = 0) {
+  if (depth > 16) throw std::invalid_argument("channel graph: an operator's arguments are nested too deeply");
   Value value;
   PyObject* raw = object.ptr();
   if (raw == Py_None) return value;
   if (reinterpret_cast<PyObject*>(Py_TYPE(raw)) == ref) {
     value.kind = Value::Kind::kTensor;
-    value.integer = PyLong_AsLongLong(raw);
+    value.integer = to_integer(raw);
   } else if (PyBool_Check(raw)) {
     value.kind = Value::Kind::kBool;
     value.integer = raw == Py_True;
   } else if (PyLong_Check(raw)) {
     value.kind = Value::Kind::kInt;
-    int overflow = 0;
-    value.integer = PyLong_AsLongLongAndOverflow(raw, &overflow);
-    if (overflow != 0) value.integer = overflow > 0 ? INT64_MAX : INT64_MIN;
+    value.integer = to_integer(raw);
   } else if (PyFloat_Check(raw)) {
     value.kind = Value::Kind::kFloat;
     value.real = PyFloat_AsDouble(raw);
   } else if (PyList_Check(raw) || PyTuple_Check(raw)) {
     value.kind = Value::Kind::kList;
     for (const py::handle item : py::reinterpret_borrow<py::sequence>(object))
-      value.list.push_back(to_value(item, ref));
+      value.list.push_back(to_value(item, ref, depth + 1));
   } else {
     value.kind = Value::Kind::kString;
     value.text = py::str(object);
   }
   return value;
-}
-
-void check_tensor(const Value& value, size_t num_tensors) {
-  if (value.is_tensor() && (value.integer < 0 || value.integer >= static_cast<int64_t>(num_tensors)))
-    throw std::out_of_range("channel graph: tensor index out of range in an operator's arguments");
-  for (const Value& item : value.list) check_tensor(item, num_tensors);
 }
 
 std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& shapes, const py::list& ops,
@@ -65,19 +65,14 @@ std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& sha
   record.pinned = std::move(pinned);
   record.num_costed_ops = num_costed_ops;
   record.survivors = std::move(survivors);
-  for (const auto& [first, first_dim, second, second_dim] : ties) {
-    if (shapes.at(first).at(first_dim) != shapes.at(second).at(second_dim))
-      throw std::invalid_argument("channel graph: only dims of one size can be tied");
+  for (const auto& [first, first_dim, second, second_dim] : ties)
     record.ties.push_back({first, first_dim, second, second_dim});
-  }
   for (const py::handle item : ops) {
-    const auto call = py::reinterpret_borrow<py::tuple>(item);
+    const auto call = item.cast<py::tuple>();
+    if (call.size() != 3) throw std::invalid_argument("channel graph: an operator is (name, arguments, outputs)");
     Op op;
     op.name = call[0].cast<std::string>();
-    for (const py::handle arg : py::reinterpret_borrow<py::sequence>(call[1])) {
-      op.args.push_back(to_value(arg, ref.ptr()));
-      check_tensor(op.args.back(), shapes.size());
-    }
+    for (const py::handle arg : call[1].cast<py::sequence>()) op.args.push_back(to_value(arg, ref.ptr()));
     op.outs = call[2].cast<std::vector<int32_t>>();
     record.ops.push_back(std::move(op));
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <stdexcept>
 #include <unordered_map>
 #include <utility>
 
@@ -15,15 +16,22 @@ uint64_t mix(uint64_t hash, uint64_t value) {
   return hash * 0xff51afd7ed558ccdULL;
 }
 
+int64_t multiply(int64_t a, int64_t b) {
+  int64_t result = 0;
+  if (__builtin_mul_overflow(a, b, &result)) throw std::overflow_error("channel graph: a cost is beyond 2^63");
+  return result;
+}
+
 int64_t product(const std::vector<int64_t>& shape, size_t from, size_t to) {
   int64_t result = 1;
-  for (size_t d = from; d < to && d < shape.size(); ++d) result *= shape[d];
+  for (size_t d = from; d < to && d < shape.size(); ++d) result = multiply(result, shape[d]);
   return result;
 }
 
 }  // namespace
 
 ChannelGraph::ChannelGraph(Record record) : record_(std::move(record)) {
+  validate(record_);
   propagator_ = std::make_unique<Propagator>(record_);
   propagator_->run();
   number_classes();
@@ -143,7 +151,7 @@ void ChannelGraph::intern_axes() {
     const Origin& origin = propagator_->origin(read.tensor);
     if (origin.slot >= 0) {
       made.slot = origin.slot;
-      made.slot_dim = origin.dims[read.dim];
+      made.slot_dim = origin.dims.at(read.dim);
     }
     reads_.push_back(made);
   }
@@ -158,47 +166,55 @@ void ChannelGraph::add_product(int32_t op, int64_t constant, const std::vector<s
   for (const auto& [tensor, dim] : dims) {
     const int32_t axis = axis_of(tensor, dim);
     if (axis < 0)
-      term.constant *= record_.tensors[tensor].shape[dim];
+      term.constant = multiply(term.constant, propagator_->shape(tensor)[dim]);
     else
       term.axes.push_back(axis);
   }
   macs_.push_back(std::move(term));
 }
 
+void ChannelGraph::collect_macs(int32_t i) {
+  const Op& op = record_.ops[i];
+  const std::string name = base_name(op.name);
+  if (name == "convolution") {
+    const int32_t x = tensor_arg(op, 0);
+    const int32_t weight = tensor_arg(op, 1);
+    const Checked<int64_t>& kernel = propagator_->shape(weight);
+    const int channel = propagator_->rank(x) - (static_cast<int>(kernel.size()) - 1);
+    const Checked<int64_t>& grid = propagator_->shape(int_arg(op, 6) != 0 ? x : op.outs[0]);
+    int64_t constant = multiply(product(kernel, 2, kernel.size()), product(grid, channel + 1, grid.size()));
+    if (channel == 1) constant = multiply(constant, grid[0]);
+    add_product(i, constant, {{weight, 0}, {weight, 1}});
+  } else if (name == "mm" || name == "bmm" || name == "addmm" || name == "baddbmm") {
+    const int32_t a = tensor_arg(op, name == "mm" || name == "bmm" ? 0 : 1);
+    const int32_t out = op.outs[0];
+    std::vector<std::pair<int32_t, int>> dims;
+    for (int d = 0; d < propagator_->rank(out); ++d) dims.emplace_back(out, d);
+    dims.emplace_back(a, propagator_->rank(a) - 1);
+    add_product(i, 1, dims);
+  } else if (name == "linear") {
+    const int32_t weight = tensor_arg(op, 1);
+    const Checked<int64_t>& x = propagator_->shape(tensor_arg(op, 0));
+    add_product(i, product(x, 0, x.size() - 1), {{weight, 0}, {weight, 1}});
+  } else if (name.find("scaled_dot_product") != std::string::npos) {
+    const int32_t q = tensor_arg(op, 0);
+    const int32_t k = tensor_arg(op, 1);
+    const int32_t v = tensor_arg(op, 2);
+    const int last = propagator_->rank(q) - 1;
+    for (const int32_t wide : {q, v}) {
+      std::vector<std::pair<int32_t, int>> dims{{k, last - 1}, {wide, last}};
+      for (int d = 0; d < last; ++d) dims.emplace_back(q, d);
+      add_product(i, 1, dims);
+    }
+  }
+}
+
 void ChannelGraph::collect_costs() {
   for (int32_t i = 0; i < record_.num_costed_ops; ++i) {
-    const Op& op = record_.ops[i];
-    const std::string name = base_name(op.name);
-    if (name == "convolution") {
-      const int32_t x = tensor_arg(op, 0);
-      const int32_t weight = tensor_arg(op, 1);
-      const std::vector<int64_t>& kernel = record_.tensors[weight].shape;
-      const int channel = propagator_->rank(x) - (static_cast<int>(kernel.size()) - 1);
-      const std::vector<int64_t>& grid = record_.tensors[int_arg(op, 6) != 0 ? x : op.outs[0]].shape;
-      int64_t constant = product(kernel, 2, kernel.size()) * product(grid, channel + 1, grid.size());
-      if (channel == 1) constant *= grid[0];
-      add_product(i, constant, {{weight, 0}, {weight, 1}});
-    } else if (name == "mm" || name == "bmm" || name == "addmm" || name == "baddbmm") {
-      const int32_t a = tensor_arg(op, name == "mm" || name == "bmm" ? 0 : 1);
-      const int32_t out = op.outs[0];
-      std::vector<std::pair<int32_t, int>> dims;
-      for (int d = 0; d < propagator_->rank(out); ++d) dims.emplace_back(out, d);
-      dims.emplace_back(a, propagator_->rank(a) - 1);
-      add_product(i, 1, dims);
-    } else if (name == "linear") {
-      const int32_t weight = tensor_arg(op, 1);
-      const std::vector<int64_t>& x = record_.tensors[tensor_arg(op, 0)].shape;
-      add_product(i, product(x, 0, x.size() - 1), {{weight, 0}, {weight, 1}});
-    } else if (name.find("scaled_dot_product") != std::string::npos) {
-      const int32_t q = tensor_arg(op, 0);
-      const int32_t k = tensor_arg(op, 1);
-      const int32_t v = tensor_arg(op, 2);
-      const int last = propagator_->rank(q) - 1;
-      for (const int32_t wide : {q, v}) {
-        std::vector<std::pair<int32_t, int>> dims{{k, last - 1}, {wide, last}};
-        for (int d = 0; d < last; ++d) dims.emplace_back(q, d);
-        add_product(i, 1, dims);
-      }
+    try {
+      collect_macs(i);
+    } catch (const std::out_of_range&) {
+      // Not the operator that its name says: it costs nothing that could be told.
     }
   }
   for (int32_t slot = 0; slot < record_.num_slots; ++slot) {
@@ -207,7 +223,7 @@ void ChannelGraph::collect_costs() {
     for (int d = 0; d < propagator_->rank(slot); ++d) {
       const int32_t axis = axis_of(slot, d);
       if (axis < 0)
-        term.constant *= record_.tensors[slot].shape[d];
+        term.constant = multiply(term.constant, record_.tensors[slot].shape[d]);
       else
         term.axes.push_back(axis);
     }
@@ -220,7 +236,8 @@ int64_t ChannelGraph::live(int32_t axis, const uint8_t* keep) const {
 }
 
 int64_t ChannelGraph::live_before(int32_t axis, int64_t end, const uint8_t* keep) const {
-  const ClassAxis& dim = axes_[axis];
+  const ClassAxis& dim = axes_.at(axis);
+  end = std::min(end, dim.size);
   int64_t count = 0;
   if (dim.layers.size() == 1) {
     for (int64_t i = 0; i < end; ++i) count += dim.layers[0][i] < 0 || keep[dim.layers[0][i]] != 0;
@@ -241,9 +258,9 @@ int64_t ChannelGraph::cost(const std::vector<CostTerm>& terms, const uint8_t* ke
     int64_t value = term.constant;
     for (const int32_t axis : term.axes) {
       if (counts[axis] < 0) counts[axis] = live(axis, keep);
-      value *= counts[axis];
+      value = multiply(value, counts[axis]);
     }
-    total += value;
+    if (__builtin_add_overflow(total, value, &total)) throw std::overflow_error("channel graph: a cost is beyond 2^63");
   }
   return total;
 }
@@ -264,7 +281,7 @@ std::vector<std::vector<int64_t>> ChannelGraph::shapes(const uint8_t* keep) cons
 
 std::vector<int32_t> ChannelGraph::groups_of(int32_t tensor, int dim) const {
   std::set<int32_t> found;
-  for (int d = 0; d < static_cast<int>(tensor_axes_[tensor].size()); ++d) {
+  for (int d = 0; d < static_cast<int>(tensor_axes_.at(tensor).size()); ++d) {
     const int32_t axis = tensor_axes_[tensor][d];
     if (axis < 0 || (dim >= 0 && d != dim)) continue;
     for (const auto& layer : axes_[axis].layers)

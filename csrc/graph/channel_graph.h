@@ -69,7 +69,7 @@ class ChannelGraph {
   const std::vector<ScalarArg>& scalar_args() const { return scalar_args_; }
   const Record& record() const { return record_; }
   // Index into axes() of a tensor's dim, -1 where the dim never shrinks.
-  int32_t axis_of(int32_t tensor, int dim) const { return tensor_axes_[tensor][dim]; }
+  int32_t axis_of(int32_t tensor, int dim) const { return tensor_axes_.at(tensor).at(dim); }
 
   std::vector<std::vector<int32_t>> slot_axes() const {
     return {tensor_axes_.begin(), tensor_axes_.begin() + record_.num_slots};
@@ -91,6 +91,7 @@ class ChannelGraph {
  private:
   void number_classes();
   void intern_axes();
+  void collect_macs(int32_t i);
   void collect_costs();
   void add_product(int32_t op, int64_t constant, const std::vector<std::pair<int32_t, int>>& dims);
   int32_t intern(const Axis& axis);

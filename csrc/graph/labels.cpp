@@ -20,11 +20,11 @@ std::vector<ReshapeBlock> reshape_blocks(const std::vector<int64_t>& from, const
     int64_t right = to[j++];
     while (left != right) {
       if (left < right) {
-        if (from[i] != 1) block.from.push_back(static_cast<int>(i));
-        left *= from[i++];
+        if (from.at(i) != 1) block.from.push_back(static_cast<int>(i));
+        left *= from.at(i++);
       } else {
-        if (to[j] != 1) block.to.push_back(static_cast<int>(j));
-        right *= to[j++];
+        if (to.at(j) != 1) block.to.push_back(static_cast<int>(j));
+        right *= to.at(j++);
       }
     }
     blocks.push_back(std::move(block));

@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "record.h"
+
 namespace stamp_fast {
 
 using Ids = std::shared_ptr<const std::vector<int32_t>>;
@@ -24,7 +26,7 @@ struct Axis {
   bool rigid() const { return layers.empty() && !unknown(); }
 };
 
-using Labels = std::vector<Axis>;
+using Labels = Checked<Axis>;
 
 // A run of old dims and the run of new dims that holds the same elements in the same order.
 struct ReshapeBlock {

@@ -45,6 +45,14 @@ bool without_zeros(std::vector<int64_t>& from, std::vector<int64_t>& to) {
   return true;
 }
 
+// Divides an axis into pieces of equal size, which the sizes of a record that no network made need not allow.
+void check_piece(const Axis& axis, int64_t size) {
+  for (const Ids& layer : axis.layers)
+    if (size < 1 || static_cast<int64_t>(layer->size()) % size != 0)
+      throw std::logic_error("channel graph: " + std::to_string(layer->size()) +
+                             " positions cannot be divided into pieces of " + std::to_string(size));
+}
+
 }  // namespace
 
 Propagator::Propagator(const Record& record) : record_(record) {
@@ -148,7 +156,15 @@ void Propagator::set(int32_t tensor, Labels labels) {
   if (labels.size() != shape(tensor).size())
     throw std::logic_error("channel graph: " + record_.ops[current_].name +
                            " gives another number of dims than traced");
+  for (int d = 0; d < rank(tensor); ++d)
+    for (const Ids& layer : labels[d].layers)
+      if (static_cast<int64_t>(layer->size()) != shape(tensor)[d])
+        throw std::logic_error("channel graph: " + record_.ops[current_].name + " gives another size than traced");
   labels_[tensor] = std::move(labels);
+}
+
+void Propagator::set_origin(int32_t tensor, Origin origin) {
+  if (origin.dims.size() == shape(tensor).size()) origins_[tensor] = std::move(origin);
 }
 
 Labels Propagator::labels_of(int32_t tensor) const {
@@ -178,7 +194,7 @@ bool Propagator::partly_frozen(const Axis& axis) const {
 }
 
 void Propagator::freeze_all(int32_t tensor, const std::string& reason) {
-  for (const Axis& axis : labels_[tensor]) freeze(axis, reason);
+  for (const Axis& axis : labels_.at(tensor)) freeze(axis, reason);
 }
 
 Axis Propagator::join(const Axis& a, const Axis& b) {
@@ -200,6 +216,7 @@ Axis Propagator::join(const Axis& a, const Axis& b) {
     if (a.layers[k] == b.layers[k]) continue;
     const auto& left = *a.layers[k];
     const auto& right = *b.layers[k];
+    if (left.size() != right.size()) throw std::logic_error("channel graph: dims of different sizes meet");
     for (size_t i = 0; i < left.size(); ++i) changed_ |= classes_.unite(left[i], right[i]);
   }
   return a;
@@ -216,6 +233,7 @@ void Propagator::contract(const Axis& a, const Axis& b) {
 }
 
 Axis Propagator::tie_pieces(const Axis& axis, int64_t stride) {
+  check_piece(axis, stride);
   Axis piece;
   for (const Ids& layer : axis.layers) {
     std::vector<int32_t> first(layer->begin(), layer->begin() + stride);
@@ -226,6 +244,7 @@ Axis Propagator::tie_pieces(const Axis& axis, int64_t stride) {
 }
 
 Axis Propagator::tie_runs(const Axis& axis, int64_t length) {
+  check_piece(axis, length);
   Axis runs;
   for (const Ids& layer : axis.layers) {
     std::vector<int32_t> first;
@@ -240,6 +259,7 @@ Axis Propagator::tie_runs(const Axis& axis, int64_t length) {
 
 Axis Propagator::fresh(int output, int dim, int64_t size) {
   if (size <= 1) return {};
+  if (size + classes_.size() > kMaxPositions) throw std::length_error("more than 2^28 positions");
   Ids& ids = fresh_[{current_, output, dim}];
   if (!ids) {
     const int32_t first = classes_.fresh(size);
@@ -271,6 +291,7 @@ Labels Propagator::reshape(int32_t tensor, const std::vector<int64_t>& target) {
     for (const int d : block.to) sizes.push_back(to[d]);
     const std::vector<int64_t> strides = strides_of(grid);
     const int64_t total = strides[0] * grid[0];
+    if (total > kMaxPositions) throw std::length_error("a reshape of more than 2^28 positions");
     std::vector<Axis> pieces(block.to.size());
     for (size_t k = 0; k < block.from.size(); ++k) {
       const Axis source = axis(tensor, block.from[k]);
@@ -321,7 +342,9 @@ void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64
       return;
     }
     const auto known = survivor_.find(current_);
-    survivor = known != survivor_.end() ? known->second : choose_survivor(roots, sizes, varying);
+    const bool is_known = known != survivor_.end() && known->second >= 0 &&
+                          known->second < static_cast<int>(sizes.size());  // a record may say anything
+    survivor = is_known ? known->second : choose_survivor(roots, sizes, varying);
     survivor_[current_] = survivor;
     candidates_[current_] = varying;
   }
@@ -373,8 +396,8 @@ void Propagator::read(int32_t tensor, int dim, bool exact) {
 }
 
 void Propagator::produce(int32_t tensor, int dim) {
-  const Origin& origin = origins_[tensor];
-  if (origin.slot >= 0) producers_.emplace_back(origin.slot, origin.dims[dim]);
+  const Origin& origin = origins_.at(tensor);
+  if (origin.slot >= 0 && origin.dims.at(dim) >= 0) producers_.emplace_back(origin.slot, origin.dims[dim]);
 }
 
 }  // namespace stamp_fast

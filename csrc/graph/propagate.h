@@ -58,17 +58,17 @@ class Propagator {
   // Reshapes that split channels into several axes: the axis that survives, and those that could.
   const std::map<int32_t, int>& survivors() const { return survivor_; }
   const std::map<int32_t, std::vector<int>>& candidates() const { return candidates_; }
-  const Origin& origin(int32_t tensor) const { return origins_[tensor]; }
+  const Origin& origin(int32_t tensor) const { return origins_.at(tensor); }
 
   // --- what the rules work with -------------------------------------------------------------------------------
-  const std::vector<int64_t>& shape(int32_t tensor) const { return record_.tensors[tensor].shape; }
+  const Checked<int64_t>& shape(int32_t tensor) const { return record_.tensors.at(tensor).shape; }
   int rank(int32_t tensor) const { return static_cast<int>(shape(tensor).size()); }
   Axis axis(int32_t tensor, int dim) const;
   Labels labels_of(int32_t tensor) const;
   void set(int32_t tensor, Labels labels);
-  void set_origin(int32_t tensor, Origin origin) { origins_[tensor] = std::move(origin); }
-  bool is_used(int32_t tensor) const { return use_count_[tensor] > 0; }
-  bool is_slot_view(int32_t tensor) const { return origins_[tensor].slot >= 0; }
+  void set_origin(int32_t tensor, Origin origin);
+  bool is_used(int32_t tensor) const { return use_count_.at(tensor) > 0; }
+  bool is_slot_view(int32_t tensor) const { return origins_.at(tensor).slot >= 0; }
 
   void freeze(const Axis& axis, const std::string& reason);
   bool partly_frozen(const Axis& axis) const;

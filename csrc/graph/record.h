@@ -8,6 +8,19 @@
 
 namespace stamp_fast {
 
+// A vector whose [] throws std::out_of_range: records come from outside, and no rule may read past what it is given.
+template <typename T>
+class Checked : public std::vector<T> {
+ public:
+  using std::vector<T>::vector;
+  Checked(std::vector<T> values) : std::vector<T>(std::move(values)) {}
+  T& operator[](size_t i) { return this->at(i); }
+  const T& operator[](size_t i) const { return this->at(i); }
+};
+
+// More positions along labelled dims than this are no channels, and would not fit into memory.
+constexpr int64_t kMaxPositions = int64_t{1} << 28;
+
 // One operator argument, in schema order; defaults are already filled in by the tracer.
 struct Value {
   enum class Kind { kNone, kBool, kInt, kFloat, kString, kTensor, kList };
@@ -22,13 +35,13 @@ struct Value {
 };
 
 struct TensorInfo {
-  std::vector<int64_t> shape;
+  Checked<int64_t> shape;
 };
 
 struct Op {
-  std::string name;         // "aten.add_.Tensor"
-  std::vector<Value> args;  // in schema order
-  std::vector<int32_t> outs;
+  std::string name;     // "aten.add_.Tensor"
+  Checked<Value> args;  // in schema order
+  Checked<int32_t> outs;
 };
 
 // Two dims of one size that the forward takes to be equal: their positions live or die together.
@@ -50,5 +63,9 @@ struct Record {
   std::vector<Tie> ties;
   std::vector<std::pair<int32_t, int32_t>> survivors;  // (reshape, axis of the block): which one survives a split
 };
+
+// Throws std::invalid_argument where an index points nowhere or a size is no size. What operators do with their
+// arguments is the rules' business: one that does not fit its arguments freezes them.
+void validate(const Record& record);
 
 }  // namespace stamp_fast

@@ -2,6 +2,7 @@
 // One rule a function; an operator without a rule freezes what it touches.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 
@@ -30,6 +31,14 @@ inline int64_t int_arg(const Op& op, size_t i, int64_t otherwise = 0) {
   return i < op.args.size() && op.args[i].kind != Value::Kind::kNone ? op.args[i].integer : otherwise;
 }
 std::vector<int64_t> list_arg(const Op& op, size_t i);
-inline int wrap_dim(int64_t dim, int rank) { return static_cast<int>(dim < 0 ? dim + rank : dim); }
+inline int wrap_dim(int64_t dim, int rank) {
+  if (dim < -rank || dim >= rank) throw std::out_of_range("there is no dim " + std::to_string(dim));
+  return static_cast<int>(dim < 0 ? dim + rank : dim);
+}
+// A number of groups or the size of a piece: something to divide and to multiply by.
+inline int64_t positive(int64_t number) {
+  if (number < 1 || number > (1 << 20)) throw std::out_of_range("a number of parts is " + std::to_string(number));
+  return number;
+}
 
 }  // namespace stamp_fast

@@ -68,7 +68,7 @@ void convolution(Propagator& graph, const Op& op) {
   const int32_t bias = tensor_arg(op, 2);
   const int32_t out = op.outs[0];
   const bool transposed = int_arg(op, 6) != 0;
-  const int64_t groups = int_arg(op, 8, 1);
+  const int64_t groups = positive(int_arg(op, 8, 1));
   const int channel = graph.rank(x) - (graph.rank(weight) - 1);
   freeze_from(graph, weight, 2, "kernel position");
   freeze_from(graph, x, channel + 1, "spatial position of a convolution");

@@ -52,7 +52,7 @@ void layer_norm(Propagator& graph, const Op& op) {
 void group_norm(Propagator& graph, const Op& op) {
   const int32_t x = tensor_arg(op, 0);
   const int64_t channels = graph.shape(x)[1];
-  const int64_t groups = int_arg(op, 6, 1);
+  const int64_t groups = positive(int_arg(op, 6, 1));
   const int64_t width = channels / groups;
   Labels labels = graph.labels_of(x);
   for (const size_t i : {1, 2}) {

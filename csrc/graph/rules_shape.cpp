@@ -9,6 +9,9 @@ namespace {
 
 Axis sub_axis(const Axis& axis, int64_t start, int64_t length) {
   Axis piece;
+  for (const Ids& layer : axis.layers)
+    if (start < 0 || length < 0 || start + length > static_cast<int64_t>(layer->size()))
+      throw std::out_of_range("a piece lies outside of its dim");
   piece.site = axis.site;
   piece.site_axis = axis.site_axis;
   for (const Ids& layer : axis.layers)
@@ -20,6 +23,11 @@ Axis sub_axis(const Axis& axis, int64_t start, int64_t length) {
 Axis concatenate(const std::vector<Axis>& pieces, const std::vector<int64_t>& sizes) {
   size_t layers = 0;
   Axis result;
+  int64_t total = 0;
+  for (const int64_t size : sizes) {
+    if (size < 0 || size > kMaxPositions - total) throw std::length_error("more than 2^28 positions");
+    total += size;
+  }
   for (const Axis& piece : pieces) {
     layers = std::max(layers, piece.layers.size());
     if (piece.unknown()) result.site = piece.site;
@@ -124,6 +132,7 @@ void repeat(Propagator& graph, const Op& op) {
   for (int d = 0; d < graph.rank(out); ++d) {
     const int64_t size = d < offset ? 1 : graph.shape(x)[d - offset];
     const int64_t times = size == 0 ? 0 : graph.shape(out)[d] / size;
+    if (times > kMaxPositions / std::max<int64_t>(size, 1)) throw std::length_error("more than 2^28 positions");
     if (size == 1)
       labels[d] = graph.fresh(0, d, graph.shape(out)[d]);
     else
@@ -200,8 +209,8 @@ void split(Propagator& graph, const Op& op) {
   const int64_t piece = graph.shape(op.outs[0])[dim];
   const int64_t size = graph.shape(x)[dim];
   Labels labels = graph.labels_of(x);
-  if (op.outs.size() > 1) {
-    if (size % piece == 0) {
+  if (op.outs.size() > 1 && size > 0) {
+    if (size % positive(piece) == 0) {
       labels[dim] = graph.tie_pieces(labels[dim], piece);
     } else {
       graph.freeze(labels[dim], "split into pieces of unequal size");
@@ -263,6 +272,7 @@ void stack(Propagator& graph, const Op& op) {
     }
     for (int d = 0; d < graph.rank(x); ++d) labels[d] = graph.join(labels[d], graph.axis(x, d));
   }
+  if (static_cast<int>(labels.size()) < dim) throw std::out_of_range("stack of nothing");
   labels.insert(labels.begin() + dim, Axis{});
   graph.set(out, std::move(labels));
 }
@@ -361,7 +371,7 @@ void embedding(Propagator& graph, const Op& op) {
   graph.freeze(graph.axis(weight, 0), "rows are looked up by an index tensor");
   graph.freeze_all(tensor_arg(op, 1), "used as an index");
   Labels labels(graph.rank(op.outs[0]));
-  labels.back() = graph.axis(weight, 1);
+  labels[labels.size() - 1] = graph.axis(weight, 1);
   graph.produce(weight, 1);
   graph.set(op.outs[0], std::move(labels));
 }
@@ -402,11 +412,17 @@ void spatial(Propagator& graph, const Op& op) {
   }
 }
 
+int64_t pixel_factor(const Op& op) {
+  const int64_t factor = int_arg(op, 1);
+  if (factor < 1 || factor > 1024) throw std::out_of_range("pixel factor");
+  return factor;
+}
+
 // pixel_shuffle(x, r): r * r consecutive channels make one.
 void pixel_shuffle(Propagator& graph, const Op& op) {
   const int32_t x = tensor_arg(op, 0);
   const int channel = graph.rank(x) - 3;
-  const int64_t factor = int_arg(op, 1);
+  const int64_t factor = pixel_factor(op);
   Labels labels(graph.rank(x));
   for (int d = 0; d < channel; ++d) labels[d] = graph.axis(x, d);
   labels[channel] = graph.tie_runs(graph.axis(x, channel), factor * factor);
@@ -419,7 +435,7 @@ void pixel_shuffle(Propagator& graph, const Op& op) {
 void pixel_unshuffle(Propagator& graph, const Op& op) {
   const int32_t x = tensor_arg(op, 0);
   const int channel = graph.rank(x) - 3;
-  const int64_t factor = int_arg(op, 1);
+  const int64_t factor = pixel_factor(op);
   Labels labels(graph.rank(x));
   for (int d = 0; d < channel; ++d) labels[d] = graph.axis(x, d);
   for (const Ids& layer : graph.axis(x, channel).layers) {
@@ -435,7 +451,7 @@ void pixel_unshuffle(Propagator& graph, const Op& op) {
 // channel_shuffle(x, groups): position j of every group is tied, so that equal counts stay in every group.
 void channel_shuffle(Propagator& graph, const Op& op) {
   const int32_t x = tensor_arg(op, 0);
-  const int64_t groups = int_arg(op, 1, 1);
+  const int64_t groups = positive(int_arg(op, 1, 1));
   const int64_t width = graph.shape(x)[1] / groups;
   Labels labels = graph.labels_of(x);
   const Axis piece = graph.tie_pieces(labels[1], width);

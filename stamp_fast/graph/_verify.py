@@ -92,13 +92,15 @@ class _Masked(Aligned):
         return self._on_live_part(func, values, op)
 
     def _masked(self, func, values: list, op: int, shift: int):
-        recorded = self.graph.recording.calls[op].args
+        call = self.graph.recording.calls[op]
         for read in self.reads[op]:
             alive = self._live(read.tensor, read.dim)
             if alive is None:
                 continue
-            position = next(i for i, a in enumerate(recorded) if isinstance(a, Ref) and a == read.tensor) - shift
+            position = next(i for i, a in enumerate(call.args) if isinstance(a, Ref) and a == read.tensor) - shift
             operand = values[position]
+            if operand.dim() <= read.dim or operand.shape[read.dim] != alive.numel():
+                raise TraceError(f"the forward gives {call.name} another operand than was recorded")
             factor = alive.to(operand.device, operand.dtype)
             values[position] = operand * factor.view([-1 if d == read.dim else 1 for d in range(operand.dim())])
         return _call(func, values)
