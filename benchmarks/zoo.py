@@ -42,7 +42,8 @@ def steps(entry: ZooModel, times: bool = False, peers: bool = False) -> Iterator
                 known.update(update)
                 yield update
         except Exception as error:  # whatever it is, it is this network's result
-            known["error"] = f"{known['stage']}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            line = zoo_check.without_folders(str(error).strip().partition("\n")[0])
+            known["error"] = f"{known['stage']}: {type(error).__name__}: {line}"
             yield {"error": known["error"]}
 
     yield from guarded(zoo_check.examine(entry))
@@ -99,7 +100,7 @@ def _ended(record: dict[str, Any], how: str) -> None:
 
 def _sweep(entries: list[ZooModel], options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo_check", "benchmarks.zoo_time"])
+    context.set_forkserver_preload(["benchmarks.zoo_time", "torch_pruning"])
     for number, entry in enumerate(entries, 1):
         record = run(entry, context, options)
         with options.results.open("a") as file:

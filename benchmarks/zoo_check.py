@@ -23,7 +23,7 @@ from tests.reference.randomise import randomise
 
 from .zoo_models import ZooModel
 
-__all__ = ["ASK", "examine", "shapes_of", "train", "verdict"]
+__all__ = ["ASK", "examine", "shapes_of", "train", "verdict", "without_folders"]
 
 ASK = 0.5
 _WITHIN = 0.02
@@ -64,7 +64,7 @@ def examine(entry: ZooModel) -> Iterator[dict[str, Any]]:
         yield {"stage": "select", "retries": retries, "groups": len(graph.prunable), **_kept(graph)}
         keep, note = _within_reach(graph, scores)
         reached = graph.macs(keep) / graph.macs()
-        yield {"stage": "masked", "reached": reached, "note": note}
+        yield {"stage": "masked", "reached": reached, "note": without_folders(note)}
         expected, reference = _expected(graph, keep, inputs)
         yield {"stage": "compact", "moved": _apart(graph.output(inputs), expected), "reference": reference}
         predicted = graph.params(keep)
@@ -198,8 +198,12 @@ def _kept(graph: ChannelGraph) -> dict[str, Any]:
 
 
 def _short(reason: str) -> str:
-    """A reason without what differs from block to block: the module, the folder of its source, sizes."""
-    reason = re.sub(r" in module '[^']*'", "", reason)
-    reason = re.sub(r"/\S*/(?=\w+/\S*\.py)", "", reason.replace("site-packages/", ""))
+    """A reason without what differs from block to block: the module and sizes."""
+    reason = without_folders(re.sub(r" in module '[^']*'", "", reason))
     place, line, rest = re.match(r"(?s)(.*?\.py:\d+)?(\)?)(.*)", reason).groups()
     return (place or "") + line + re.sub(r"\d+", "N", rest)
+
+
+def without_folders(text: str) -> str:
+    """Source files by the last folder only: the others differ from machine to machine."""
+    return re.sub(r"/\S*/(?=\w+/\S*\.py)", "", text.replace("site-packages/", ""))

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import nn
 
 from stamp_fast import Budget, importance, trace
@@ -18,7 +17,7 @@ from stamp_fast.errors import CompactionError
 from tests.reference.randomise import randomise
 
 from .timing import Contestant, in_turns
-from .zoo_check import ASK, shapes_of, train
+from .zoo_check import ASK, shapes_of, train, without_folders
 from .zoo_models import ZooModel
 
 __all__ = ["compare"]
@@ -90,6 +89,8 @@ def ours(model: nn.Module, inputs: tuple) -> nn.Module:
 
 def torch_pruning_prune(model: nn.Module, inputs: tuple, heads: list[str] | None) -> nn.Module:
     """Torch-Pruning as it comes: half of every group, the layers that make the output left alone."""
+    import torch_pruning
+
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     # Without a graph of ours to name the output's layers, the last one is taken for it.
     ignored = [model.get_submodule(name) for name in heads] if heads else list(layers.values())[-1:]
@@ -137,4 +138,4 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+    return without_folders(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")[:300]

@@ -24,8 +24,9 @@ SAMPLE = [
     of("ghostnet_050", "timm ghostnet"),  # cheap features concatenated
     of("convnext_zepto_rms", "timm convnext"),  # normalised over channels, LayerScale
     of("repvgg_a0", "timm byobnet"),  # parallel branches
-    of("mixnet_s", "timm efficientnet", "the list of sizes at which mixed convolutions split is not followed"),
-    of("lambda_resnet26t", "timm byoanet", "every group is kept for a size of the lambda layer"),
+    of("mixnet_s", "timm efficientnet"),  # splits at sizes kept in a list
+    of("lambda_resnet26t", "timm byoanet"),  # lambda layers
+    of("swin_t", "classification", "0.54 of the MACs: the residual stream is kept for the sizes of attention"),
     of("ssdlite320_mobilenet_v3_large", "detection", "an image of a list is taken for a batch"),
 ]
 
