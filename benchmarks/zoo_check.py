@@ -66,7 +66,9 @@ def examine(entry: ZooModel) -> Iterator[dict[str, Any]]:
         reached = graph.macs(keep) / graph.macs()
         yield {"stage": "masked", "reached": reached, "note": without_folders(note)}
         expected, reference = _expected(graph, keep, inputs)
-        yield {"stage": "compact", "moved": _apart(graph.output(inputs), expected), "reference": reference}
+        expected = entry.comparable(expected)
+        moved = _apart(entry.comparable(graph.output(inputs)), expected)
+        yield {"stage": "compact", "moved": moved, "reference": reference}
         predicted = graph.params(keep)
         try:
             graph.compact(keep)
@@ -77,7 +79,7 @@ def examine(entry: ZooModel) -> Iterator[dict[str, Any]]:
             graph.keep_groups(fixed.groups, fixed.reason)
     left = sum(parameter.numel() for parameter in model.parameters())
     yield {"stage": "equality", "predicted": left == predicted, "params_left": left / parameters}
-    yield {"equality": _apart(graph.output(inputs), expected)}
+    yield {"equality": _apart(entry.comparable(graph.output(inputs)), expected)}
     yield {"stage": "train"}
     train(model, entry.train_inputs(shape, 2, dtype))
     yield {"stage": "checked", "seconds": time.perf_counter() - begin}

@@ -22,7 +22,8 @@ Written by `python -m benchmarks.zoo`; the choice of networks is in `benchmarks/
 
 - **pass**: 0.5 of the MACs within 2 percent; in float64 the compacted network computes what the dense one does with
   the channels masked, to 1e-9 of the largest output (float32, for over 300 million parameters or where the forward
-  itself makes float32 tensors: 1e-4); forward and backward run in train mode.
+  itself makes float32 tensors: 1e-4); forward and backward run in train mode. Detectors: images in, boxes out, in
+  any order where they are equally sure.
 - **partial**: all of this, but for the budget: the MACs column says how far down it goes.
 - **FAIL**: anything else; freezing everything is a failure too.
 - **groups**: pruned / kept whole (the output's own channels not counted). The reasons are listed at the end.
