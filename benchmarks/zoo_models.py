@@ -31,7 +31,10 @@ _SHAPES = {
     "detection": [(3, 128, 128)],
     "video": [(3, 8, 64, 64), (3, 16, 112, 112), (3, 16, 224, 224)],
     "optical flow": [(3, 128, 128)],
+    "timm vision_transformer_sam": [(3, 256, 256)],
 }
+# Of how the network is built, where the default is too large: 1024 pixels.
+_OPTIONS = {"timm vision_transformer_sam": {"img_size": 256}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ZooModel:
     def build(self) -> nn.Module:
         """The network with its initial weights, in eval mode."""
         if self.family.startswith("timm"):
-            return timm.create_model(self.name, pretrained=False).eval()
+            return timm.create_model(self.name, pretrained=False, **_OPTIONS.get(self.family, {})).eval()
         options: dict[str, Any] = {"weights": None}
         if self.family in ("segmentation", "detection"):
             options["weights_backbone"] = None
