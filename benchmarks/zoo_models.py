@@ -67,6 +67,7 @@ class ZooModel:
             return _SHAPES[self.family]
         if self.family == "classification":
             crop = torchvision.models.get_model_weights(self.name).DEFAULT.transforms().crop_size[0]
+            crop = getattr(model, "image_size", crop)  # some weights are for other sizes than the default
             return [(3, side, side) for side in sorted({96, crop})]
         native = tuple(model.default_cfg["input_size"])
         if model.default_cfg.get("fixed_input_size"):
