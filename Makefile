@@ -14,7 +14,7 @@ FORMATTED := $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -na
 # One ninja for every build: another version would start over.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: build demo lint test test-all pytest cpp fuzz bench clean
+.PHONY: build demo lint test test-all pytest cpp fuzz bench zoo clean
 
 build: $(VENV)/.native
 
@@ -75,6 +75,10 @@ bench: build
 		$(BIN)/python -m pytest benchmarks/test_$$suite.py --keep $$suite $(ARGS) || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.table benchmarks/results/*.json
+
+# An hour or more; goes on where it was interrupted with ARGS="--resume".
+zoo: build
+	$(BIN)/python -m benchmarks.zoo --table docs/zoo.md $(ARGS)
 
 # Keeps .venv: it takes gigabytes to fetch.
 clean:

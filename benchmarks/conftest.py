@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from .machine import cpu_model, machine_info
 from .table import render
 from .timing import Ratio, ratio_of
 
@@ -39,31 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_json = _RESULTS / f"{config.getoption('--keep')}-{_machine_name()}.json"
 
 
-def _cpu_model() -> str:
-    import cpuinfo
-
-    return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
-
-
 def _machine_name() -> str:
-    cpu = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*", " ", _cpu_model().lower())
+    cpu = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*", " ", cpu_model().lower())
     cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")
     return f"torch{torch.__version__.partition('+')[0]}-{cpu}"
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Replaces pytest-benchmark's own, which names the host."""
-    return {
-        "cpu": _cpu_model(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 2),
-    }
+    return machine_info(threads=torch.get_num_threads())
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .timing import Ratio, Spread, ratio_of, spread
 
-__all__ = ["render", "render_file"]
+__all__ = ["digits", "markdown_table", "render", "render_file"]
 
 
 def render(measured: Iterable[dict[str, Any]]) -> str:
@@ -38,12 +38,12 @@ def _suite(name: str, entries: list[dict[str, Any]]) -> str:
     rounds = sorted({len(values) for entry in entries for values in entry["samples"].values()})
     title = f"### {name.replace('_', ' ')}: median ms (p20 to p80) of {' or '.join(map(str, rounds))} rounds"
     times = [[entry["case"], *(_milliseconds(entry["samples"].get(c)) for c in columns)] for entry in entries]
-    parts = [title, _table(["", *columns], times)]
+    parts = [title, markdown_table(["", *columns], times)]
     ratios = [
         [entry["case"], *_ratio_cells(entry["samples"], Ratio(**r))] for entry in entries for r in entry["ratios"]
     ]
     if ratios:
-        parts.append(_table(["", "ratio of times", "value", "p20 to p80", "bar", ""], ratios))
+        parts.append(markdown_table(["", "ratio of times", "value", "p20 to p80", "bar", ""], ratios))
     notes = [f"- {entry['case']}: {entry['note']}" for entry in entries if entry.get("note")]
     return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
 
@@ -52,10 +52,10 @@ def _milliseconds(samples: list[float] | None) -> str:
     if not samples:
         return ""
     times = spread(samples)
-    return f"{_digits(1e3 * times.median)} ({_digits(1e3 * times.p20)} to {_digits(1e3 * times.p80)})"
+    return f"{digits(1e3 * times.median)} ({digits(1e3 * times.p20)} to {digits(1e3 * times.p80)})"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, or all of the whole part."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -67,9 +67,10 @@ def _ratio_cells(samples: dict[str, list[float]], ratio: Ratio) -> list[str]:
     return [f"{ratio.top} / {ratio.bottom}", f"{value.median:.2f}", spread_of_rounds, ratio.bar(), verdict]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; cells are written as `str` does."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def main(arguments: list[str]) -> None:

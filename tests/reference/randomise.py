@@ -22,7 +22,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 parameter.copy_((draw(parameter) - 0.5) * 2 * (3 / fan_in) ** 0.5)
         for name, buffer in model.named_buffers():
             if buffer.is_floating_point():
-                offset = 0.5 if name.endswith("running_var") else -0.5
+                offset = 0.5 if name.endswith("var") else -0.5  # variances are positive
                 buffer.copy_(draw(buffer) + offset)
     return model
 
