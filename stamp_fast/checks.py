@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget, check_round_to
+from .budget import Budget, check_round_to, minimum_width
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
 from .graph._optimizers import listed
@@ -68,6 +68,6 @@ def check_prunable(graph: ChannelGraph) -> None:
     if any(group.num_classes > 1 for group in graph.prunable):
         return
     reasons = [
-        f"'{g.name}': {g.reason or 'has one channel only'}" for g in graph.groups + graph.frozen + graph.unlisted()
+        f"'{g.name}': {g.reason or minimum_width(g, None)}" for g in graph.groups + graph.frozen + graph.unlisted()
     ]
     raise ModelError("model: nothing to prune. " + ("; ".join(reasons[:8]) or "No layer with channels was found."))

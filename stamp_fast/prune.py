@@ -23,7 +23,7 @@ from .graph._verify import difference, masked_output
 from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
-from .report import GroupVerdict, PruneReport, compare_steps
+from .report import GroupVerdict, PruneReport, compare_steps, verdicts
 
 _RECALIBRATION_BATCHES = 20
 # Largest relative difference between the smaller and the masked dense network; other dtypes round more coarsely.
@@ -103,7 +103,8 @@ def prune(
     except BaseException:
         before.restore()
         raise
-    _reports[network] = _report(graph, kept, method, budget, costs, error, phases.seconds)
+    groups = verdicts(graph, kept, round_to, ranked.floor)
+    _reports[network] = _report(graph, kept, groups, method, budget, costs, error, phases.seconds)
     return model
 
 
@@ -159,16 +160,15 @@ def _copy(model: nn.Module) -> nn.Module | None:
 
 
 def _report(
-    graph: ChannelGraph, kept: torch.Tensor, method: str, budget: Budget, costs: Any, error: float | None, seconds: dict
+    graph: ChannelGraph,
+    kept: torch.Tensor,
+    groups: list[GroupVerdict],
+    method: str,
+    budget: Budget,
+    costs: Any,
+    error: float | None,
+    seconds: dict,
 ) -> PruneReport:
-    verdicts = []
-    for group, layers in zip(graph.groups, graph.layers(), strict=True):
-        left = round(group.channels * kept[group.classes].float().mean().item())
-        reason = group.reason or ("" if left < group.channels else "all its channels rank above the cut")
-        verdict = "kept" if reason else "pruned"
-        verdicts.append(GroupVerdict(group.name, group.channels, left, verdict, reason, layers))
-    for group in graph.frozen + graph.unlisted():
-        verdicts.append(GroupVerdict(group.name, group.channels, group.channels, "kept", group.reason))
     notes = []
     if costs is None:
         notes.append("the train step was not measured: the model cannot be copied")
@@ -190,6 +190,6 @@ def _report(
         peak_memory_after=after and after.peak_bytes,
         seconds=seconds,
         equality_error=error,
-        groups=verdicts,
+        groups=groups,
         notes=notes,
     )

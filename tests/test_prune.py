@@ -534,3 +534,27 @@ def test_every_layer_has_a_verdict():
     named = set(rows) | {layer for row in report.groups for layer in row.layers}
     assert named == {"c0", "c1", "c2", "dw", "c3", "sn", "fc", "unused"}
     assert all(row.reason for row in report.groups if row.verdict == "kept")
+
+
+def test_a_group_too_narrow_to_cut_says_so(loader):
+    model = Plain(width=12)
+    stamp_fast.prune(model, loader, method="magnitude", round_to=16, budget=Budget(macs=0.72), progress=False)
+    rows = {row.name: row for row in stamp_fast.report(model).groups}
+    assert rows["conv1"].verdict == "kept" and rows["conv1"].reason == "minimum width: 12 channels with round_to=16"
+    assert rows["conv2"].verdict == "pruned" and rows["conv2"].kept == 16
+    assert "12 channels with round_to=16" in str(stamp_fast.report(model))
+
+
+def test_one_channel_cannot_be_cut(loader):
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 16, 3), nn.Flatten(), nn.Linear(256, 10))
+    stamp_fast.prune(model, loader, method="magnitude", progress=False)
+    reasons = {row.name: row.reason for row in stamp_fast.report(model).groups}
+    assert reasons == {"0": "minimum width: its one channel has to stay", "1": "", "3": "output of the model"}
+
+
+def test_a_group_that_scores_high_says_so(loader):
+    model = Plain()
+    model.bn1.weight.data += 100.0
+    stamp_fast.prune(model, loader, method="bn_scale", keep=["hidden"], budget=Budget(macs=0.8), progress=False)
+    reasons = {row.name: row.reason for row in stamp_fast.report(model).groups}
+    assert reasons["conv1"] == "all its channels rank above the cut" and reasons["hidden"] == "kept on request"
