@@ -168,8 +168,7 @@ def minimum_width(group: Group, round_to: int | None, floor: float = 0.0) -> str
     if group.num_classes > _least(group, round_to or 1, floor)[1]:
         return ""
     if group.num_classes == 1:
-        what = "its one channel has" if group.channels == 1 else "its channels go together and have"
-        return f"minimum width: {what} to stay"
+        return "minimum width: its channels go together and have to stay"
     wanted = ", ".join([f"round_to={round_to}"] * bool(round_to) + [f"floor={floor:g}"] * bool(floor))
     return f"minimum width: {group.channels} channels with {wanted}"
 

@@ -186,8 +186,13 @@ class ChannelGraph:
             name = _layer(slot.name)
             if slot.is_parameter and len(slot.axes) > 1 and name not in listed and name not in rest:
                 event = self._core.freeze_event(i, 0)
-                reason = self._reason(event) if event >= 0 else "its channels are not the output of a layer"
-                rest[name] = Group(name, self.recording.shapes[i][0], slice(0, 0), reason)
+                channels = self.recording.shapes[i][0]
+                reason = "its channels are not the output of a layer"
+                if event >= 0:
+                    reason = self._reason(event)
+                elif channels == 1:
+                    reason = "minimum width: its one channel has to stay"
+                rest[name] = Group(name, channels, slice(0, 0), reason)
         return list(rest.values())
 
     def __repr__(self) -> str:
