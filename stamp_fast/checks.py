@@ -23,6 +23,7 @@ def check_arguments(
     keep: Any,
     optimizer: Any,
     seed: Any,
+    switches: dict[str, Any],
 ) -> None:
     if not isinstance(budget, Budget):
         raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
@@ -35,6 +36,9 @@ def check_arguments(
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
         raise ArgumentError(f"seed: must be a whole number from 0 to 2**63 - 1, or None, got {seed!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name}: must be True or False, got {value!r}")
     if torch.is_inference_mode_enabled():
         raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
     listed(optimizer)

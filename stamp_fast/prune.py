@@ -44,6 +44,7 @@ def prune(
     keep: Collection[str] = (),
     round_to: int | None = None,
     seed: int | None = None,
+    strict: bool = False,
     progress: bool = True,
 ) -> nn.Module:
     """Makes `model` physically smaller, in place, with the channels that matter for the loader's data.
@@ -63,6 +64,8 @@ def prune(
         keep: names of modules or parameters whose channels all stay.
         round_to: widths that are cut stay multiples of it.
         seed: makes the result repeatable, for a loader that is.
+        strict: a group that cannot be pruned is an error that lists all such groups with their reasons, not a verdict
+            in the report. Outputs of the model, `keep` and layers too narrow to cut are no error.
         progress: a progress bar, where it takes over a second.
 
     Returns:
@@ -72,7 +75,7 @@ def prune(
         StampFastError: ArgumentError, LoaderError, ModelError, TraceError, BudgetError or CompactionError; the
             message names the culprit, and model and optimizer are as they were.
     """
-    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer, seed)
+    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer, seed, {"strict": strict})
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
@@ -89,13 +92,15 @@ def prune(
                     check_forward(network, batches.first, loss_fn)
                 graph = trace(network, inputs)
                 graph.protect(keep)
-                graph.settle()
+                graph.settle(strict)
                 check_prunable(graph)
                 dense = _copy(network)
             with phases("score"), in_mode(network, training=True):
                 ranked = METHODS[method](Request(graph, batches, inputs, loss_fn, budget, steps, seed, phases.advance))
             with phases("cut"), in_mode(network, training=False):
-                kept, error = _select_and_cut(graph, ranked, budget, round_to, optimizer, some_examples(inputs, 8))
+                kept, error = _select_and_cut(
+                    graph, ranked, budget, round_to, optimizer, strict, some_examples(inputs, 8)
+                )
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn)
             with phases("measure"):
@@ -121,7 +126,13 @@ def report(model: nn.Module) -> PruneReport:
 
 
 def _select_and_cut(
-    graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None, optimizer: Any, inputs: Any
+    graph: ChannelGraph,
+    ranked: Ranking,
+    budget: Budget,
+    round_to: int | None,
+    optimizer: Any,
+    strict: bool,
+    inputs: Any,
 ) -> tuple[torch.Tensor, float | None]:
     """Cuts what the scores and the budget say; a group that turns out to be fixed is kept and the rest chosen anew."""
     while True:
@@ -138,7 +149,7 @@ def _select_and_cut(
             graph.compact(kept, optimizer=optimizer)
             break
         except CompactionError as fixed:
-            if not fixed.groups:
+            if strict or not fixed.groups:
                 raise
             graph.keep_groups(fixed.groups, fixed.reason)
     if expected is None:

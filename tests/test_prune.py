@@ -403,6 +403,7 @@ UNUSABLE = {
     "keep-string": Unmade(lambda m: {"loader": GOOD(), "keep": "conv1"}, ArgumentError, "keep: expected a list"),
     "keep-module": Unmade(lambda m: {"loader": GOOD(), "keep": [m.conv1]}, ArgumentError, "keep: expected a list"),
     "keep-none": Unmade(lambda m: {"loader": GOOD(), "keep": None}, ArgumentError, "keep"),
+    "strict-text": Unmade(lambda m: {"loader": GOOD(), "strict": "yes"}, ArgumentError, "strict: .*'yes'"),
     "seed-text": Unmade(lambda m: {"loader": GOOD(), "seed": "lucky"}, ArgumentError, "seed"),
     "everything-kept": Unmade(
         lambda m: {"loader": GOOD(), "keep": ["conv1", "conv2", "hidden"]},
@@ -558,3 +559,52 @@ def test_a_group_that_scores_high_says_so(loader):
     stamp_fast.prune(model, loader, method="bn_scale", budget=Budget(macs=0.8), progress=False)
     reasons = {row.name: row.reason for row in stamp_fast.report(model).groups}
     assert reasons["conv1"] == "all its channels rank above the cut" and reasons["conv2"] == ""
+
+
+class Fixed(nn.Module):
+    """A literal size in its forward, an operator without a rule, an unused layer, and things that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.literal = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 12, 1)
+        self.sorted, self.unused = nn.Linear(12, 8), nn.Linear(3, 5)
+        self.narrow, self.head = nn.Linear(8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.literal(torch.relu(self.free(x))).mean((2, 3)).view(-1, 12)
+        h = torch.sort(self.sorted(h), dim=1).values
+        return self.head(h * self.narrow(h))
+
+
+def test_strict_lists_what_cannot_be_pruned_and_why(loader):
+    model = Fixed().train()
+    before = Frozen(model)
+    with pytest.raises(ModelError, match="strict: 3 of 6 groups") as error:
+        stamp_fast.prune(model, loader, method="magnitude", strict=True, progress=False)
+    before.assert_same(rng=False)
+    text = str(error.value)
+    lines = {line.split("'")[1]: line for line in text.splitlines()[1:]}
+    assert set(lines) == {"literal", "sorted", "unused"}
+    assert (
+        "(12 channels): its size is fixed in the forward" in lines["literal"] and "test_prune.py:" in lines["literal"]
+    )
+    assert "aten.sort" in lines["sorted"] and "test_prune.py:" in lines["sorted"]
+    assert "Drop strict=True" in text and "keep=" in text
+
+
+def test_strict_lets_pass_what_was_asked_for(loader):
+    model = Fixed()
+    keep = ["literal.bias", "sorted.bias", "unused"]  # the weights also read channels, which would stay as well
+    stamp_fast.prune(model, loader, method="magnitude", keep=keep, strict=True, progress=False)
+    assert model.free.out_channels < 16
+    sound = Plain()
+    stamp_fast.prune(sound, loader, method="magnitude", strict=True, progress=False)
+    assert sound.conv2.out_channels < 48
+
+
+def test_strict_settling(digits):
+    graph = stamp_fast.trace(Fixed(), digits.tensors[0][:2])
+    with pytest.raises(ModelError, match="'literal'.*fixed in the forward"):
+        graph.settle(strict=True)
+    graph.settle()
+    assert {g.name: g.reason is None for g in graph.groups} == {"free": True, "literal": False}
