@@ -14,20 +14,18 @@ from ._phases import Phases, in_mode
 from .budget import Budget
 from .checks import check_arguments, check_model, check_prunable
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
-from .errors import ArgumentError, CompactionError, TraceError
+from .errors import ArgumentError, CompactionError
 from .graph import ChannelGraph, trace
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored
-from .graph._verify import difference, masked_output
 from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
 from .report import GroupVerdict, PruneReport, compare_steps, verdicts
+from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
-# Largest relative difference between the smaller and the masked dense network; other dtypes round more coarsely.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _reports: WeakKeyDictionary[nn.Module, PruneReport] = WeakKeyDictionary()
 
 
@@ -45,6 +43,7 @@ def prune(
     round_to: int | None = None,
     seed: int | None = None,
     strict: bool = False,
+    verify: bool = True,
     progress: bool = True,
 ) -> nn.Module:
     """Makes `model` physically smaller, in place, with the channels that matter for the loader's data.
@@ -66,6 +65,8 @@ def prune(
         seed: makes the result repeatable, for a loader that is.
         strict: a group that cannot be pruned is an error that lists all such groups with their reasons, not a verdict
             in the report. Outputs of the model, `keep` and layers too narrow to cut are no error.
+        verify: compares the smaller network with the masked dense one on the first eight examples, in eval mode; where
+            they differ, the error names the group at fault.
         progress: a progress bar, where it takes over a second.
 
     Returns:
@@ -75,7 +76,9 @@ def prune(
         StampFastError: ArgumentError, LoaderError, ModelError, TraceError, BudgetError or CompactionError; the
             message names the culprit, and model and optimizer are as they were.
     """
-    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer, seed, {"strict": strict})
+    check_arguments(
+        budget, method, METHODS, steps, round_to, keep, optimizer, seed, {"strict": strict, "verify": verify}
+    )
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
@@ -97,10 +100,9 @@ def prune(
                 dense = _copy(network)
             with phases("score"), in_mode(network, training=True):
                 ranked = METHODS[method](Request(graph, batches, inputs, loss_fn, budget, steps, seed, phases.advance))
-            with phases("cut"), in_mode(network, training=False):
-                kept, error = _select_and_cut(
-                    graph, ranked, budget, round_to, optimizer, strict, some_examples(inputs, 8)
-                )
+            with in_mode(network, training=False):
+                examples = some_examples(inputs, 8) if verify else None
+                kept, verified = _select_and_cut(graph, ranked, budget, round_to, optimizer, strict, examples, phases)
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn)
             with phases("measure"):
@@ -109,7 +111,7 @@ def prune(
         before.restore()
         raise
     groups = verdicts(graph, kept, round_to, ranked.floor)
-    _reports[network] = _report(graph, kept, groups, method, budget, costs, error, phases.seconds)
+    _reports[network] = _report(graph, kept, groups, method, budget, costs, verified, phases.seconds)
     return model
 
 
@@ -132,35 +134,31 @@ def _select_and_cut(
     round_to: int | None,
     optimizer: Any,
     strict: bool,
-    inputs: Any,
-) -> tuple[torch.Tensor, float | None]:
+    examples: Any,
+    phases: Phases,
+) -> tuple[torch.Tensor, Verification | None]:
     """Cuts what the scores and the budget say; a group that turns out to be fixed is kept and the rest chosen anew."""
     while True:
-        kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+        with phases("cut"):
+            kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+        verified = None
+        if examples is not None:
+            with phases("verify"):
+                verified = Verification(graph, kept, examples)
         try:
-            expected = masked_output(graph, kept, inputs)
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                if difference(masked_output(graph, kept, inputs), expected) > 0:
-                    expected = None  # random even in eval mode: there is nothing to compare with
-        except TraceError:
-            expected = None
-        try:
-            graph.compact(kept, optimizer=optimizer)
-            break
+            with phases("cut"):
+                dense = Snapshot(graph.model, optimizer)
+                graph.compact(kept, optimizer=optimizer)
         except CompactionError as fixed:
             if strict or not fixed.groups:
                 raise
             graph.keep_groups(fixed.groups, fixed.reason)
-    if expected is None:
-        return kept, None
-    error = difference(graph.output(inputs), expected)
-    if not error < _TOLERANCE.get(graph.slots[0].tensor.dtype, 0.2):
-        raise CompactionError(
-            f"prune: the smaller network differs from the masked dense one by {error:.1e}: its forward depends on a "
-            "width in a way that was not seen. The model is unchanged; use keep= for the layers whose size it uses."
-        )
-    return kept, error
+            continue
+        if verified is not None:
+            with phases("verify"):
+                if not verified.compare(dense):
+                    graph.compact(kept, optimizer=optimizer)
+        return kept, verified
 
 
 def _copy(model: nn.Module) -> nn.Module | None:
@@ -177,7 +175,7 @@ def _report(
     method: str,
     budget: Budget,
     costs: Any,
-    error: float | None,
+    verified: Verification | None,
     seconds: dict,
 ) -> PruneReport:
     notes = []
@@ -185,8 +183,9 @@ def _report(
         notes.append("the train step was not measured: the model cannot be copied")
     elif costs[1].milliseconds >= costs[0].milliseconds:
         notes.append("the pruned train step is NOT faster on this machine; try a larger batch or a smaller budget")
-    if error is None:
-        notes.append("the equality check was skipped: the forward is random, or runs other operators than its trace")
+    skipped = "verify=False" if verified is None else verified.skipped
+    if skipped:
+        notes.append(f"the smaller network was not compared with the masked dense one: {skipped}")
     before, after = costs or (None, None)
     return PruneReport(
         method=method,
@@ -200,7 +199,7 @@ def _report(
         peak_memory_before=before and before.peak_bytes,
         peak_memory_after=after and after.peak_bytes,
         seconds=seconds,
-        equality_error=error,
+        equality_error=verified and verified.error,
         groups=groups,
         notes=notes,
     )
