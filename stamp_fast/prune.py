@@ -50,16 +50,17 @@ def prune(
 
     Args:
         model: on one device, with a head for the loader's classes. Training flags are left as they are.
-        loader: yields (inputs, targets), or anything that `loss_fn` understands.
+        loader: yields (inputs, targets), or anything that `loss_fn` understands. Inputs may be a list of images.
         budget: fractions of the dense network that may stay.
         method: "stamp" (gates and weights trained jointly for `steps` steps), "taylor", "magnitude", "bn_scale",
             "random".
         steps: batches that method "stamp" trains on.
-        loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets.
+        loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets. It may need the
+            model in training mode, like the losses of a detector: sum(model(*batch).values()).
         optimizer: one or several; their state is cut along with the parameters. For an average of the weights pass
             both to `ChannelGraph.compact` instead.
-        example: what one forward takes (tensor, tuple or dict; first dim = batch), where the batch's first part is
-            not that.
+        example: what one forward takes (tensor, tuple or dict; first dim = batch, or a list of images in a tuple),
+            where the batch's first part is not that.
         keep: names of modules or parameters whose channels all stay.
         round_to: widths that are cut stay multiples of it.
         seed: makes the result repeatable, for a loader that is.
@@ -92,7 +93,7 @@ def prune(
                 torch.manual_seed(seed)
             with phases("trace"), in_mode(network, training=False):
                 with attributes_restored(network):  # a cache of the dense network would be taken for a constant
-                    check_forward(network, batches.first, loss_fn)
+                    needs_training = check_forward(network, batches.first, loss_fn)
                 graph = trace(network, inputs)
                 graph.protect(keep)
                 graph.settle(strict)
@@ -104,7 +105,7 @@ def prune(
                 examples = some_examples(inputs, 8) if verify else None
                 kept, verified = _select_and_cut(graph, ranked, budget, round_to, optimizer, strict, examples, phases)
             with phases("recalibrate"):
-                recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn)
+                recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
                 costs = compare_steps([dense, _copy(network)], batches.first, loss_fn) if dense is not None else None
     except BaseException:

@@ -64,8 +64,8 @@ def test_wrong_cut_is_undone_and_named(monkeypatch, network, parameter, culprit,
     before.assert_same(rng=False)
     groups = stamp_fast.trace(model, BATCHES[0][0]).groups
     assert groups[error.value.groups[0]].name == culprit
-    # One before the cut, one to see that the dense network repeats itself, and a bisection.
-    assert len(calls) <= 2 + math.ceil(math.log2(len(groups)))
+    # One before the cut, three to see that the dense network repeats itself, and a bisection.
+    assert len(calls) <= 4 + math.ceil(math.log2(len(groups)))
 
 
 def test_without_verification_a_wrong_cut_goes_through(monkeypatch):
