@@ -53,7 +53,7 @@ class Verification:
         self.error = _difference(self._graph.output(self._inputs), self._expected)
         if self.error < self._tolerance:
             return True
-        dense.restore()
+        self._restore(dense)
         if self._is_unstable():
             self.error, self.skipped = None, "the forward is random, or its output jumps with rounding"
             return False
@@ -105,7 +105,11 @@ class Verification:
         except CompactionError:
             return True
         finally:
-            dense.restore()
+            self._restore(dense)
+
+    def _restore(self, dense: Snapshot) -> None:
+        dense.restore()
+        self._graph._compacted = None
 
 
 def _tolerance(parameter: torch.Tensor) -> float:

@@ -378,6 +378,7 @@ class ChannelGraph:
         recording.caches = self.recording.caches
         recording.pinned = self.recording.pinned  # on meta tensors nobody sees who shares memory
         graph = ChannelGraph(self.model, self.example, recording)
+        graph.protected = dict(self.protected)
         graph._kept = [(slot, dim, moved(slot, dim, where), reason) for slot, dim, where, reason in self._kept]
         # Where the same operators run, tensors have the same indices, and what was mended stays so.
         if [(c.name, c.outs) for c in recording.calls] == [(c.name, c.outs) for c in self.recording.calls]:
