@@ -102,6 +102,8 @@ class ChannelGraph:
             _record.Ref,
             [(*tie.first, *tie.second) for tie in ties],
             list(self.survivors.items()),
+            recording.batched,
+            _record.BATCH,
         )
         axes: dict[int, torch.Tensor | None] = {-1: None}  # a weight and its norm's four vectors share one
         for axis in {axis for dims in self._core.slot_axes for axis in dims if axis >= 0}:
