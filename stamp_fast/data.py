@@ -145,9 +145,12 @@ def guarded(loss_fn: LossFn) -> LossFn:
         except StampFastError:
             raise
         except Exception as error:
+            # What torch's batch norm says of a batch of one; commonly the last one of a data set.
+            alone = "more than 1 value per channel" in str(error)
             raise LoaderError(
                 f"loader: the model or loss_fn cannot take its batches ({_describe(batch)}): "
                 f"{type(error).__name__}: {error}"
+                + ("; leave out batches of one example: DataLoader(..., drop_last=True)" if alone else "")
             ) from error
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise ArgumentError(f"loss_fn: must return a scalar tensor, got {_describe(value)}")

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ._phases import Phases, in_mode
 from .budget import Budget
@@ -163,8 +164,10 @@ def _select_and_cut(
 
 
 def _copy(model: nn.Module) -> nn.Module | None:
+    # Tensors that the last forward has left in attributes (a weight computed by a hook) hold on to its graph.
+    computed = [t for m in model.modules() for t in tree_leaves(vars(m)) if isinstance(t, torch.Tensor) and t.grad_fn]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception:  # a model may hold anything; the report then says "not measured"
         return None
 

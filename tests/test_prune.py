@@ -609,3 +609,35 @@ def test_strict_settling(digits):
         graph.settle(strict=True)
     graph.settle()
     assert {g.name: g.reason is None for g in graph.groups} == {"free": True, "literal": False}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.3),
+        lambda conv: nn.utils.prune.random_structured(conv, "weight", 0.5, dim=1),
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["mask", "structured mask", "weight_norm", "spectral_norm", "parametrization"],
+)
+def test_layers_with_a_computed_weight_are_measured(wrap, model, loader):
+    wrap(model.conv2)
+    model.feature_cache = [model.conv1(torch.randn(2, 1, 8, 8))]  # what some forwards leave behind
+    stamp_fast.prune(model, loader, method="magnitude", budget=Budget(channels=0.8), progress=False)
+    report = stamp_fast.report(model)
+    assert report.train_step_ms_before > 0 and report.peak_memory_after > 0
+    assert not any("not measured" in note for note in report.notes)
+    assert model.feature_cache[0].grad_fn is not None, "the model's own tensors are left alone"
+
+
+def test_a_last_batch_of_one_names_the_way_out(digits):
+    x, y = digits.tensors
+    loader = DataLoader(TensorDataset(x[:33], y[:33]), 32)
+    before = Frozen(model := Plain())
+    with pytest.raises(LoaderError, match=r"\(1, 1, 8, 8\).*more than 1 value per channel.*drop_last=True"):
+        stamp_fast.prune(model, loader, method="taylor", progress=False)
+    before.assert_same(rng=False)
+    loader = DataLoader(TensorDataset(x[:33], y[:33]), 32, drop_last=True)
+    stamp_fast.prune(model, loader, method="taylor", progress=False)
