@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 from tqdm.auto import tqdm
 
-_PHASES = 5
+_PHASES = 6
 
 
 class Phases:
@@ -35,11 +35,12 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """A phase; one that is entered several times adds up."""
         self._bar.set_description(f"prune: {name}", refresh=False)
         begin = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - begin
-        self._bar.update()
+        self._bar.update(name not in self.seconds)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 @contextmanager

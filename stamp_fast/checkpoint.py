@@ -214,8 +214,10 @@ def _opened(file: str) -> Iterator[Any]:
     try:
         with open(file, "rb", buffering=0) as raw:
             _, written, computed = _digest(raw)
-        need(written == computed, "is damaged: its checksum is not that of its content")
-        handle = safe_open(file, framework="pt")
+            need(written == computed, "is damaged: its checksum is not that of its content")
+            handle = safe_open(file, framework="pt")
+            # It opens the file by its name, which may be that of another one by now.
+            need(os.path.samestat(os.fstat(raw.fileno()), os.stat(file)), "was replaced while it was read")
         metadata = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget, check_round_to
+from .budget import Budget, check_round_to, minimum_width
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
 from .graph._optimizers import listed
@@ -23,6 +23,7 @@ def check_arguments(
     keep: Any,
     optimizer: Any,
     seed: Any,
+    switches: dict[str, Any],
 ) -> None:
     if not isinstance(budget, Budget):
         raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
@@ -35,6 +36,9 @@ def check_arguments(
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
         raise ArgumentError(f"seed: must be a whole number from 0 to 2**63 - 1, or None, got {seed!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name}: must be True or False, got {value!r}")
     if torch.is_inference_mode_enabled():
         raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
     listed(optimizer)
@@ -68,6 +72,6 @@ def check_prunable(graph: ChannelGraph) -> None:
     if any(group.num_classes > 1 for group in graph.prunable):
         return
     reasons = [
-        f"'{g.name}': {g.reason or 'has one channel only'}" for g in graph.groups + graph.frozen + graph.unlisted()
+        f"'{g.name}': {g.reason or minimum_width(g, None)}" for g in graph.groups + graph.frozen + graph.unlisted()
     ]
     raise ModelError("model: nothing to prune. " + ("; ".join(reasons[:8]) or "No layer with channels was found."))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ._phases import in_mode
 from .errors import ArgumentError, LoaderError, StampFastError
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -69,6 +70,8 @@ class Batches:
     def inputs(self) -> Any:
         """The model's inputs in the first batch: its first part, or the batch where it is a tensor itself.
 
+        A list of images is one argument: (images,).
+
         Raises:
             ArgumentError: the batch is neither; `example` has to say what the model takes.
         """
@@ -76,6 +79,8 @@ class Batches:
             return self.first
         if isinstance(self.first, (tuple, list)) and self.first and isinstance(self.first[0], torch.Tensor):
             return self.first[0]
+        if isinstance(self.first, (tuple, list)) and self.first and _is_image_list(self.first[0]):
+            return (list(self.first[0]),)
         raise ArgumentError(
             f"example: the loader yields {type(self.first).__name__} batches; pass example=, the input (or tuple or "
             "dict of inputs) of one forward"
@@ -86,7 +91,14 @@ class Batches:
         try:
             return len(self._loader.dataset)
         except (AttributeError, TypeError):
+            if isinstance(self.first, (tuple, list)) and self.first and _is_image_list(self.first[0]):
+                return len(self.first[0])
             return next((len(t) for t in tree_leaves(self.first) if isinstance(t, torch.Tensor) and t.dim()), 1)
+
+
+def _is_image_list(value: Any) -> bool:
+    """Whether this is a batch of images of sizes of their own, as detectors take them."""
+    return isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(v, torch.Tensor) for v in value)
 
 
 def _next(batches: Iterator[Any]) -> Any:
@@ -133,9 +145,12 @@ def guarded(loss_fn: LossFn) -> LossFn:
         except StampFastError:
             raise
         except Exception as error:
+            # What torch's batch norm says of a batch of one; commonly the last one of a data set.
+            alone = "more than 1 value per channel" in str(error)
             raise LoaderError(
                 f"loader: the model or loss_fn cannot take its batches ({_describe(batch)}): "
                 f"{type(error).__name__}: {error}"
+                + ("; leave out batches of one example: DataLoader(..., drop_last=True)" if alone else "")
             ) from error
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise ArgumentError(f"loss_fn: must return a scalar tensor, got {_describe(value)}")
@@ -146,14 +161,33 @@ def guarded(loss_fn: LossFn) -> LossFn:
     return loss
 
 
-def check_forward(model: nn.Module, batch: Any, loss_fn: LossFn) -> None:
-    """Runs a guarded loss once on the first batch.
+def check_forward(model: nn.Module, batch: Any, loss_fn: LossFn) -> bool:
+    """Runs a guarded loss once on the first batch: in eval mode and, where that fails, in training mode.
+
+    Returns:
+        Whether there is a loss in training mode only, as with detectors.
 
     Raises:
         LoaderError: the model cannot take the batch, or the loss is not finite.
         ArgumentError: the loss is no scalar, or is cut off from the model's parameters.
     """
-    with torch.enable_grad():
+    try:
+        _check_loss(model, batch, loss_fn, training=False)
+        return False
+    except StampFastError as error:
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
+            _check_loss(model, batch, loss_fn, training=True)
+            return True
+        except StampFastError:
+            raise error from error.__cause__
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _check_loss(model: nn.Module, batch: Any, loss_fn: LossFn, training: bool) -> None:
+    with torch.enable_grad(), in_mode(model, training):
         loss = loss_fn(model, batch)
     if any(p.requires_grad for p in model.parameters()) and not loss.requires_grad:
         raise ArgumentError("loss_fn: its result does not depend on the model's parameters (detached, or .item()?)")
@@ -168,5 +202,9 @@ def _describe(value: Any) -> str:
 
 
 def some_examples(inputs: Any, count: int) -> Any:
-    """The first `count` examples of a batch of inputs."""
+    """The first `count` examples of a batch of inputs: a list of images, or tensors with the batch first."""
+    arguments = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else ()
+    if any(isinstance(a, list) and _is_image_list(a) for a in arguments):
+        cut = [a[:count] if isinstance(a, list) else a for a in arguments]
+        return dict(zip(inputs, cut, strict=True)) if isinstance(inputs, dict) else type(inputs)(cut)
     return tree_map(lambda v: v[:count] if isinstance(v, torch.Tensor) and v.dim() else v, inputs)

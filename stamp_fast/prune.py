@@ -9,25 +9,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ._phases import Phases, in_mode
 from .budget import Budget
 from .checks import check_arguments, check_model, check_prunable
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
-from .errors import ArgumentError, CompactionError, TraceError
+from .errors import ArgumentError, CompactionError
 from .graph import ChannelGraph, trace
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored
-from .graph._verify import difference, masked_output
 from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
-from .report import GroupVerdict, PruneReport, compare_steps
+from .report import GroupVerdict, PruneReport, compare_steps, verdicts
+from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
-# Largest relative difference between the smaller and the masked dense network; other dtypes round more coarsely.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _reports: WeakKeyDictionary[nn.Module, PruneReport] = WeakKeyDictionary()
 
 
@@ -44,25 +43,32 @@ def prune(
     keep: Collection[str] = (),
     round_to: int | None = None,
     seed: int | None = None,
+    strict: bool = False,
+    verify: bool = True,
     progress: bool = True,
 ) -> nn.Module:
     """Makes `model` physically smaller, in place, with the channels that matter for the loader's data.
 
     Args:
         model: on one device, with a head for the loader's classes. Training flags are left as they are.
-        loader: yields (inputs, targets), or anything that `loss_fn` understands.
+        loader: yields (inputs, targets), or anything that `loss_fn` understands. Inputs may be a list of images.
         budget: fractions of the dense network that may stay.
         method: "stamp" (gates and weights trained jointly for `steps` steps), "taylor", "magnitude", "bn_scale",
             "random".
         steps: batches that method "stamp" trains on.
-        loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets.
+        loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets. It may need the
+            model in training mode, like the losses of a detector: sum(model(*batch).values()).
         optimizer: one or several; their state is cut along with the parameters. For an average of the weights pass
             both to `ChannelGraph.compact` instead.
-        example: what one forward takes (tensor, tuple or dict; first dim = batch), where the batch's first part is
-            not that.
+        example: what one forward takes (tensor, tuple or dict; first dim = batch, or a list of images in a tuple),
+            where the batch's first part is not that.
         keep: names of modules or parameters whose channels all stay.
         round_to: widths that are cut stay multiples of it.
         seed: makes the result repeatable, for a loader that is.
+        strict: a group that cannot be pruned is an error that lists all such groups with their reasons, not a verdict
+            in the report. Outputs of the model, `keep` and layers too narrow to cut are no error.
+        verify: compares the smaller network with the masked dense one on the first eight examples, in eval mode; where
+            they differ, the error names the group at fault.
         progress: a progress bar, where it takes over a second.
 
     Returns:
@@ -72,7 +78,9 @@ def prune(
         StampFastError: ArgumentError, LoaderError, ModelError, TraceError, BudgetError or CompactionError; the
             message names the culprit, and model and optimizer are as they were.
     """
-    check_arguments(budget, method, METHODS, steps, round_to, keep, optimizer, seed)
+    check_arguments(
+        budget, method, METHODS, steps, round_to, keep, optimizer, seed, {"strict": strict, "verify": verify}
+    )
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
@@ -86,24 +94,26 @@ def prune(
                 torch.manual_seed(seed)
             with phases("trace"), in_mode(network, training=False):
                 with attributes_restored(network):  # a cache of the dense network would be taken for a constant
-                    check_forward(network, batches.first, loss_fn)
+                    needs_training = check_forward(network, batches.first, loss_fn)
                 graph = trace(network, inputs)
                 graph.protect(keep)
-                graph.settle()
+                graph.settle(strict)
                 check_prunable(graph)
                 dense = _copy(network)
             with phases("score"), in_mode(network, training=True):
                 ranked = METHODS[method](Request(graph, batches, inputs, loss_fn, budget, steps, seed, phases.advance))
-            with phases("cut"), in_mode(network, training=False):
-                kept, error = _select_and_cut(graph, ranked, budget, round_to, optimizer, some_examples(inputs, 8))
+            with in_mode(network, training=False):
+                examples = some_examples(inputs, 8) if verify else None
+                kept, verified = _select_and_cut(graph, ranked, budget, round_to, optimizer, strict, examples, phases)
             with phases("recalibrate"):
-                recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn)
+                recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
                 costs = compare_steps([dense, _copy(network)], batches.first, loss_fn) if dense is not None else None
     except BaseException:
         before.restore()
         raise
-    _reports[network] = _report(graph, kept, method, budget, costs, error, phases.seconds)
+    groups = verdicts(graph, kept, round_to, ranked.floor)
+    _reports[network] = _report(graph, kept, groups, method, budget, costs, verified, phases.seconds)
     return model
 
 
@@ -120,62 +130,66 @@ def report(model: nn.Module) -> PruneReport:
 
 
 def _select_and_cut(
-    graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None, optimizer: Any, inputs: Any
-) -> tuple[torch.Tensor, float | None]:
+    graph: ChannelGraph,
+    ranked: Ranking,
+    budget: Budget,
+    round_to: int | None,
+    optimizer: Any,
+    strict: bool,
+    examples: Any,
+    phases: Phases,
+) -> tuple[torch.Tensor, Verification | None]:
     """Cuts what the scores and the budget say; a group that turns out to be fixed is kept and the rest chosen anew."""
     while True:
-        kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+        with phases("cut"):
+            kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+        verified = None
+        if examples is not None:
+            with phases("verify"):
+                verified = Verification(graph, kept, examples)
         try:
-            expected = masked_output(graph, kept, inputs)
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                if difference(masked_output(graph, kept, inputs), expected) > 0:
-                    expected = None  # random even in eval mode: there is nothing to compare with
-        except TraceError:
-            expected = None
-        try:
-            graph.compact(kept, optimizer=optimizer)
-            break
+            with phases("cut"):
+                dense = Snapshot(graph.model, optimizer)
+                graph.compact(kept, optimizer=optimizer)
         except CompactionError as fixed:
-            if not fixed.groups:
+            if strict or not fixed.groups:
                 raise
             graph.keep_groups(fixed.groups, fixed.reason)
-    if expected is None:
-        return kept, None
-    error = difference(graph.output(inputs), expected)
-    if not error < _TOLERANCE.get(graph.slots[0].tensor.dtype, 0.2):
-        raise CompactionError(
-            f"prune: the smaller network differs from the masked dense one by {error:.1e}: its forward depends on a "
-            "width in a way that was not seen. The model is unchanged; use keep= for the layers whose size it uses."
-        )
-    return kept, error
+            continue
+        if verified is not None:
+            with phases("verify"):
+                if not verified.compare(dense):
+                    graph.compact(kept, optimizer=optimizer)
+        return kept, verified
 
 
 def _copy(model: nn.Module) -> nn.Module | None:
+    # Tensors that the last forward has left in attributes (a weight computed by a hook) hold on to its graph.
+    computed = [t for m in model.modules() for t in tree_leaves(vars(m)) if isinstance(t, torch.Tensor) and t.grad_fn]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception:  # a model may hold anything; the report then says "not measured"
         return None
 
 
 def _report(
-    graph: ChannelGraph, kept: torch.Tensor, method: str, budget: Budget, costs: Any, error: float | None, seconds: dict
+    graph: ChannelGraph,
+    kept: torch.Tensor,
+    groups: list[GroupVerdict],
+    method: str,
+    budget: Budget,
+    costs: Any,
+    verified: Verification | None,
+    seconds: dict,
 ) -> PruneReport:
-    verdicts = []
-    for group, layers in zip(graph.groups, graph.layers(), strict=True):
-        left = round(group.channels * kept[group.classes].float().mean().item())
-        reason = group.reason or ("" if left < group.channels else "all its channels rank above the cut")
-        verdict = "kept" if reason else "pruned"
-        verdicts.append(GroupVerdict(group.name, group.channels, left, verdict, reason, layers))
-    for group in graph.frozen + graph.unlisted():
-        verdicts.append(GroupVerdict(group.name, group.channels, group.channels, "kept", group.reason))
     notes = []
     if costs is None:
         notes.append("the train step was not measured: the model cannot be copied")
     elif costs[1].milliseconds >= costs[0].milliseconds:
         notes.append("the pruned train step is NOT faster on this machine; try a larger batch or a smaller budget")
-    if error is None:
-        notes.append("the equality check was skipped: the forward is random, or runs other operators than its trace")
+    skipped = "verify=False" if verified is None else verified.skipped
+    if skipped:
+        notes.append(f"the smaller network was not compared with the masked dense one: {skipped}")
     before, after = costs or (None, None)
     return PruneReport(
         method=method,
@@ -189,7 +203,7 @@ def _report(
         peak_memory_before=before and before.peak_bytes,
         peak_memory_after=after and after.peak_bytes,
         seconds=seconds,
-        equality_error=error,
-        groups=verdicts,
+        equality_error=verified and verified.error,
+        groups=groups,
         notes=notes,
     )

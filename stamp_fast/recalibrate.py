@@ -12,12 +12,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from ._phases import in_mode
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
+def recalibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any], training: bool = False
+) -> int:
     """Replaces running means and variances by their average over `batches`; returns how many layers have them.
 
-    Left alone: layers that the forward does not reach in eval mode, and layers that the user has put in eval mode
-    inside a model in training mode. Only the layers worked on are in training mode meanwhile; every flag, momentum
-    and batch counter is put back.
+    Left alone: layers that the forward does not reach, and layers that the user has put in eval mode inside a model in
+    training mode. Every flag, momentum and batch counter is put back.
+
+    Args:
+        training: the mode of all layers that are not worked on, for a `forward` that runs in training mode only.
     """
     norms = [
         m
@@ -29,8 +33,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     before = [
         (norm, norm.momentum, {k: b.clone() for k, b in norm._buffers.items() if b is not None}) for norm in norms
     ]
-    with in_mode(model, training=False), torch.no_grad():
+    with in_mode(model, training), torch.no_grad():
         try:
+            for module in model.modules():
+                module.training = module.training and not isinstance(module, _NormBase)
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # cumulative average

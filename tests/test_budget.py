@@ -5,10 +5,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from reference.masked import counted_macs
-from reference.networks import Residual
+from reference.networks import Plain, Residual
 from torch import Tensor, nn
 
-from stamp_fast import ArgumentError, Budget, BudgetError, ChannelGraph, importance, trace
+from stamp_fast import ArgumentError, Budget, BudgetError, ChannelGraph, importance, prune, trace
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -162,6 +162,45 @@ def test_one_weak_group_does_not_swallow_the_budget(floor):
     assert left[1] >= max(1, 64 * floor)
     assert 0.49 <= graph.macs(keep) / graph.macs() <= 0.51
     assert left[1] < 64 and left[0] > 0 and left[2] > 0
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("weak", [(1,), (3,), (1, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["macs", "channels"])
+@pytest.mark.parametrize("round_to", [None, 4])
+def test_layers_of_tiny_weights_do_not_swallow_the_budget(kind, weak, floor, round_to):
+    """Global magnitude: the weak layers go down to their least width, the rest of the cut is spread over the others."""
+    model = chain(64, 64, 64, 64)
+    convolutions = [m for m in model if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        for i in weak:
+            # With its readers: the magnitude of a channel is that of all weights coupled to it.
+            reader = convolutions[i + 1] if i + 1 < len(convolutions) else model[-1]
+            for parameter in (*convolutions[i].parameters(), reader.weight):
+                parameter.mul_(1e-6)
+    dense = measured(model, kind)
+    graph = trace(model, X)
+    scores = importance.magnitude(graph)
+    graph.compact(graph.select(scores, Budget(**{kind: 0.5}), floor=floor, round_to=round_to))
+    widths = widths_of(model)
+    assert 0.49 <= measured(model, kind) / dense <= 0.51
+    least = max(1, round_to or 1, int(64 * floor) + 1 if floor else 1)
+    assert min(widths) >= least, f"{widths}"
+    assert max(widths[i] for i in weak) <= min(w for i, w in enumerate(widths) if i not in weak)
+
+
+@pytest.mark.parametrize("method", ["bn_scale", "taylor"])
+def test_prune_with_a_layer_that_does_nothing(method):
+    model = Plain(width=32)
+    with torch.no_grad():
+        model.bn2.weight.mul_(1e-6)
+        model.bn2.bias.zero_()
+    dense = counted_macs(model, X[:1, :1])
+    batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    prune(model, [batch], method=method, budget=Budget(macs=0.3), progress=False)
+    assert 0.294 <= counted_macs(model, X[:1, :1]) / dense <= 0.306
+    assert model.conv2.out_channels >= 7, "a tenth of 64"
+    assert min(model.conv1.out_channels, model.hidden.out_features) >= 1
 
 
 def test_a_floor_that_the_budget_cannot_afford_is_given_up():

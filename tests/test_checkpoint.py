@@ -15,6 +15,7 @@ from reference.networks import Plain, Residual
 from reference.randomise import random_keep, randomise
 from reference.saved import NETWORKS, Mixed, assert_same_network, image, pruned
 from reference.state import Frozen
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -293,3 +294,21 @@ def test_killed_in_mid_write(tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert_same_network(stamp_fast.load(Residual, tmp_path / "model"), model)
+
+
+def test_file_replaced_between_its_check_and_its_reading(monkeypatch, tmp_path):
+    """What was checked is what is read."""
+    checked, other = tmp_path / "net.safetensors", tmp_path / "other.safetensors"
+    model = nn.Linear(3, 4)
+    stamp_fast.save(model, checked)
+    stamp_fast.save(nn.Linear(3, 4), other)
+
+    def replaced(path, framework):
+        os.replace(other, checked)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr("stamp_fast.checkpoint.safe_open", replaced)
+    before = model.weight.clone()
+    with pytest.raises(CheckpointError, match="replaced while it was read"):
+        stamp_fast.load(model, checked)
+    assert torch.equal(model.weight, before)

@@ -163,3 +163,40 @@ def test_some_examples():
     first = some_examples(x, 3)
     assert first["a"].tolist() == [0, 1, 2] and first["b"][1].shape == (3, 2)
     assert first["b"][0].item() == 3 and first["c"] == "text"
+
+
+def test_some_images_of_a_list():
+    images = [torch.zeros(20, 4 + i, 5) for i in range(4)]
+    flag = torch.zeros(9)
+    assert [t.shape[0] for t in some_examples((images,), 3)[0]] == [20, 20, 20]
+    first = some_examples({"images": images, "flag": flag}, 3)
+    assert len(first["images"]) == 3 and first["flag"].shape == (9,)
+
+
+def test_inputs_that_are_lists_of_images():
+    images = [torch.zeros(3, 4, 5), torch.zeros(3, 6, 5)]
+    for kind in (list, tuple):
+        batches = Batches([(kind(images), [{"boxes": torch.zeros(1, 4)}] * 2)], CPU)
+        (given,) = batches.inputs()
+        assert type(given) is list and [t.shape for t in given] == [t.shape for t in images]
+        assert batches.size() == 2
+
+
+class TrainsOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        out = self.linear(self.norm(x))
+        return F.cross_entropy(out, y) if self.training else [{"labels": out.argmax(1)}]
+
+
+def test_a_loss_in_training_mode_only():
+    loss = guarded(lambda model, batch: model(*batch))
+    model = TrainsOnly().eval()
+    batch = torch.randn(5, 4), torch.randint(3, (5,))
+    assert check_forward(model, batch, loss) is True
+    assert not model.training and not model.norm.training
+    assert torch.equal(model.norm.running_mean, torch.zeros(4)) and model.norm.num_batches_tracked == 0
+    assert check_forward(nn.Linear(4, 3), batch, guarded(cross_entropy)) is False

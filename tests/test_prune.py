@@ -85,7 +85,7 @@ def test_method_on_digits(method, model, loader, digits):
     assert told.equality_error is not None and told.equality_error < 1e-5
     assert told.train_step_ms_before > 0 and told.train_step_ms_after > 0
     assert told.peak_memory_after < told.peak_memory_before
-    assert set(told.seconds) == {"trace", "score", "cut", "recalibrate", "measure"}
+    assert set(told.seconds) == {"trace", "score", "cut", "verify", "recalibrate", "measure"}
     verdicts = {g.name: g for g in told.groups}
     assert set(verdicts) == {"conv1", "conv2", "hidden", "head"}
     assert (verdicts["conv1"].channels, verdicts["conv1"].kept) == (24, model.conv1.out_channels)
@@ -403,6 +403,8 @@ UNUSABLE = {
     "keep-string": Unmade(lambda m: {"loader": GOOD(), "keep": "conv1"}, ArgumentError, "keep: expected a list"),
     "keep-module": Unmade(lambda m: {"loader": GOOD(), "keep": [m.conv1]}, ArgumentError, "keep: expected a list"),
     "keep-none": Unmade(lambda m: {"loader": GOOD(), "keep": None}, ArgumentError, "keep"),
+    "strict-text": Unmade(lambda m: {"loader": GOOD(), "strict": "yes"}, ArgumentError, "strict: .*'yes'"),
+    "verify-none": Unmade(lambda m: {"loader": GOOD(), "verify": None}, ArgumentError, "verify: .*None"),
     "seed-text": Unmade(lambda m: {"loader": GOOD(), "seed": "lucky"}, ArgumentError, "seed"),
     "everything-kept": Unmade(
         lambda m: {"loader": GOOD(), "keep": ["conv1", "conv2", "hidden"]},
@@ -534,3 +536,108 @@ def test_every_layer_has_a_verdict():
     named = set(rows) | {layer for row in report.groups for layer in row.layers}
     assert named == {"c0", "c1", "c2", "dw", "c3", "sn", "fc", "unused"}
     assert all(row.reason for row in report.groups if row.verdict == "kept")
+
+
+def test_a_group_too_narrow_to_cut_says_so(loader):
+    model = Plain(width=12)
+    stamp_fast.prune(model, loader, method="magnitude", round_to=16, budget=Budget(macs=0.72), progress=False)
+    rows = {row.name: row for row in stamp_fast.report(model).groups}
+    assert rows["conv1"].verdict == "kept" and rows["conv1"].reason == "minimum width: 12 channels with round_to=16"
+    assert rows["conv2"].verdict == "pruned" and rows["conv2"].kept == 16
+    assert "12 channels with round_to=16" in str(stamp_fast.report(model))
+
+
+def test_one_channel_cannot_be_cut(loader):
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 16, 3), nn.Flatten(), nn.Linear(256, 10))
+    stamp_fast.prune(model, loader, method="magnitude", budget=Budget(channels=0.5), progress=False)
+    reasons = {row.name: row.reason for row in stamp_fast.report(model).groups}
+    assert reasons == {"0": "minimum width: its one channel has to stay", "1": "", "3": "output of the model"}
+
+
+def test_a_group_that_scores_high_says_so(loader):
+    model = Plain()
+    model.bn1.weight.data += 100.0
+    stamp_fast.prune(model, loader, method="bn_scale", budget=Budget(macs=0.8), progress=False)
+    reasons = {row.name: row.reason for row in stamp_fast.report(model).groups}
+    assert reasons["conv1"] == "all its channels rank above the cut" and reasons["conv2"] == ""
+
+
+class Fixed(nn.Module):
+    """A literal size in its forward, an operator without a rule, an unused layer, and things that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.literal = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 12, 1)
+        self.sorted, self.unused = nn.Linear(12, 8), nn.Linear(3, 5)
+        self.narrow, self.head = nn.Linear(8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.literal(torch.relu(self.free(x))).mean((2, 3)).view(-1, 12)
+        h = torch.sort(self.sorted(h), dim=1).values
+        return self.head(h * self.narrow(h))
+
+
+def test_strict_lists_what_cannot_be_pruned_and_why(loader):
+    model = Fixed().train()
+    before = Frozen(model)
+    with pytest.raises(ModelError, match="strict: 3 of 6 groups") as error:
+        stamp_fast.prune(model, loader, method="magnitude", strict=True, progress=False)
+    before.assert_same(rng=False)
+    text = str(error.value)
+    lines = {line.split("'")[1]: line for line in text.splitlines()[1:]}
+    assert set(lines) == {"literal", "sorted", "unused"}
+    assert (
+        "(12 channels): its size is fixed in the forward" in lines["literal"] and "test_prune.py:" in lines["literal"]
+    )
+    assert "aten.sort" in lines["sorted"] and "test_prune.py:" in lines["sorted"]
+    assert "Drop strict=True" in text and "keep=" in text
+
+
+def test_strict_lets_pass_what_was_asked_for(loader):
+    model = Fixed()
+    keep = ["literal.bias", "sorted.bias", "unused"]  # the weights also read channels, which would stay as well
+    stamp_fast.prune(model, loader, method="magnitude", keep=keep, strict=True, progress=False)
+    assert model.free.out_channels < 16
+    sound = Plain()
+    stamp_fast.prune(sound, loader, method="magnitude", strict=True, progress=False)
+    assert sound.conv2.out_channels < 48
+
+
+def test_strict_settling(digits):
+    graph = stamp_fast.trace(Fixed(), digits.tensors[0][:2])
+    with pytest.raises(ModelError, match="'literal'.*fixed in the forward"):
+        graph.settle(strict=True)
+    graph.settle()
+    assert {g.name: g.reason is None for g in graph.groups} == {"free": True, "literal": False}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.3),
+        lambda conv: nn.utils.prune.random_structured(conv, "weight", 0.5, dim=1),
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["mask", "structured mask", "weight_norm", "spectral_norm", "parametrization"],
+)
+def test_layers_with_a_computed_weight_are_measured(wrap, model, loader):
+    wrap(model.conv2)
+    model.feature_cache = [model.conv1(torch.randn(2, 1, 8, 8))]  # what some forwards leave behind
+    stamp_fast.prune(model, loader, method="magnitude", budget=Budget(channels=0.8), progress=False)
+    report = stamp_fast.report(model)
+    assert report.train_step_ms_before > 0 and report.peak_memory_after > 0
+    assert not any("not measured" in note for note in report.notes)
+    assert model.feature_cache[0].grad_fn is not None, "the model's own tensors are left alone"
+
+
+def test_a_last_batch_of_one_names_the_way_out(digits):
+    x, y = digits.tensors
+    loader = DataLoader(TensorDataset(x[:33], y[:33]), 32)
+    before = Frozen(model := Plain())
+    with pytest.raises(LoaderError, match=r"\(1, 1, 8, 8\).*more than 1 value per channel.*drop_last=True"):
+        stamp_fast.prune(model, loader, method="taylor", progress=False)
+    before.assert_same(rng=False)
+    loader = DataLoader(TensorDataset(x[:33], y[:33]), 32, drop_last=True)
+    stamp_fast.prune(model, loader, method="taylor", progress=False)

@@ -35,12 +35,59 @@ def test_text():
     text = str(REPORT)
     for part in (
         "taylor", "0.5", "0.75", "2.00x less", "4.00x less", "1.50x less", "2.0", "12.0", "8.0", "6.0", "3.0",
-        "layer1.0.a_rather_long_name_of_a_module.conv1", "64", "20", "pruned", "kept: output of the model",
+        "layer1.0.a_rather_long_name_of_a_module.conv1", "64", "20", "pruned: 1 group", "kept: 1 group", "fc (10)",
+        "output of the model", "macs=0.5, params=0.75",
         "NOT faster", "trace 0.25 s", "cut 0.50 s", "3.0e-07",
     ):  # fmt: skip
         assert part in text, part
     assert "\x1b" not in text, "colour codes in plain text"
     assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_no_section_is_empty():
+    pruned, kept = REPORT.groups
+    assert "kept" not in str(dataclasses.replace(REPORT, groups=[pruned]))
+    assert "together with" not in str(REPORT)
+    text = str(dataclasses.replace(REPORT, groups=[kept]))
+    assert "pruned:" not in text and "kept: 1 group" in text
+
+
+def test_reasons_are_said_once():
+    def kept(i, reason):
+        return GroupVerdict(f"blocks.{i}.conv", 8, 8, "kept", reason)
+
+    same = [kept(i, "its size is fixed (aten.view.default in module 'blocks.0' at net.py:5)") for i in range(12)]
+    alike = [kept(20 + i, f"no rule (aten.mv.default in module 'blocks.{20 + i}' at net.py:7)") for i in range(4)]
+    other = kept(30, "no rule (aten.mv.default in module 'blocks.30' at net.py:8)")
+    text = str(dataclasses.replace(REPORT, groups=[*same, *alike, other]))
+    assert text.count("its size is fixed") == 1 and "12 groups: its size" in text and "in module 'blocks.0'" in text
+    assert "blocks.2.conv (8)" in text and "blocks.3.conv" not in text and "and 9 more" in text
+    assert "4 groups: no rule (aten.mv.default at net.py:7)" in text and text.count("no rule") == 2
+    assert all(f"blocks.{i}.conv" in text for i in range(20, 24)), "one name more than the most is shown, not counted"
+    assert "no rule (aten.mv.default in module 'blocks.30' at net.py:8)" in text
+
+
+def test_coupled_layers_are_shortened_in_text_only():
+    layers = [f"blocks.{i}.proj" for i in range(25)]
+    report = dataclasses.replace(REPORT, groups=[GroupVerdict(layers[0], 64, 20, "pruned", "", layers)])
+    assert "blocks.1.proj, blocks.2.proj, blocks.3.proj, and 21 more" in str(report)
+    assert json.loads(report.to_json())["groups"][0]["layers"] == layers
+
+
+def test_source_paths_are_short_in_text_only(monkeypatch, tmp_path):
+    site = tmp_path / "lib" / "site-packages"
+    monkeypatch.setattr("sys.path", ["", "/", str(tmp_path), str(site)])
+    monkeypatch.chdir(tmp_path)
+    paths = {site / "vision" / "swin.py": " at vision/swin.py:5", tmp_path / "net.py": " at net.py:5"}
+    for path, short in paths.items():
+        reason = f"no rule for aten.mv (aten.mv at {path}:5)"
+        report = dataclasses.replace(REPORT, groups=[GroupVerdict("c", 8, 8, "kept", reason)])
+        assert short in str(report) and str(tmp_path) not in str(report)
+        assert json.loads(report.to_json())["groups"][0]["reason"] == reason
+    report = dataclasses.replace(
+        REPORT, groups=[GroupVerdict("c", 8, 8, "kept", "no rule (op at /elsewhere/net.py:5)")]
+    )
+    assert "/elsewhere/net.py:5" in str(report)
 
 
 def test_text_of_brackets_is_not_markup():

@@ -56,8 +56,11 @@ std::unique_ptr<ChannelGraph> build(const std::vector<std::vector<int64_t>>& sha
                                     const std::vector<bool>& is_parameter, std::vector<int32_t> outputs,
                                     std::vector<int32_t> pinned, int32_t num_costed_ops, const py::object& ref,
                                     const std::vector<std::array<int32_t, 4>>& ties,
-                                    std::vector<std::pair<int32_t, int32_t>> survivors) {
+                                    std::vector<std::pair<int32_t, int32_t>> survivors, std::vector<int32_t> batched,
+                                    int64_t batch) {
   Record record;
+  record.batched = std::move(batched);
+  record.batch = batch;
   for (const auto& shape : shapes) record.tensors.push_back({shape});
   record.num_slots = static_cast<int32_t>(is_parameter.size());
   record.is_parameter = is_parameter;
@@ -123,7 +126,8 @@ PYBIND11_MODULE(_graph, m) {
       .def(py::init(&build), py::arg("shapes"), py::arg("ops"), py::arg("is_parameter"), py::arg("outputs"),
            py::arg("pinned"), py::arg("num_costed_ops"), py::arg("ref"),
            py::arg("ties") = std::vector<std::array<int32_t, 4>>{},
-           py::arg("survivors") = std::vector<std::pair<int32_t, int32_t>>{})
+           py::arg("survivors") = std::vector<std::pair<int32_t, int32_t>>{},
+           py::arg("batched") = std::vector<int32_t>{}, py::arg("batch") = 1)
       .def_property_readonly("num_classes", &ChannelGraph::num_classes)
       .def_property_readonly("groups", &ChannelGraph::groups)
       .def_property_readonly("frozen", &ChannelGraph::frozen)

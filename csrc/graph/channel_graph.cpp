@@ -209,7 +209,37 @@ void ChannelGraph::collect_macs(int32_t i) {
   }
 }
 
+// Which operators have more to do for a larger batch: those on anything that comes from an input, and those that make a
+// tensor for the whole batch themselves (initial states, a token repeated for each example).
+std::vector<bool> ChannelGraph::grows_with_batch() const {
+  std::vector<bool> batched(record_.tensors.size(), false);
+  for (const int32_t input : record_.batched) batched[input] = true;
+  std::vector<bool> result(record_.num_costed_ops, false);
+  const auto is_batch_long = [&](int32_t t) {
+    return propagator_->rank(t) > 0 && record_.tensors[t].shape[0] == record_.batch;
+  };
+  for (int32_t i = 0; i < record_.num_costed_ops; ++i) {
+    const Op& op = record_.ops[i];
+    bool from_tensor = false;
+    const auto visit = [&](const auto& self, const Value& value) -> void {
+      if (value.is_tensor()) {
+        result[i] = result[i] || batched[value.integer];
+        from_tensor = true;
+      }
+      for (const Value& item : value.list) self(self, item);
+    };
+    for (const Value& arg : op.args) visit(visit, arg);
+    const std::string name = base_name(op.name);
+    const bool repeats = name == "expand" || name == "repeat" || name.rfind("new_", 0) == 0;
+    if (!from_tensor || (repeats && !(op.args[0].is_tensor() && is_batch_long(tensor_arg(op, 0)))))
+      for (const int32_t out : op.outs) result[i] = result[i] || is_batch_long(out);
+    for (const int32_t out : op.outs) batched[out] = batched[out] || result[i];
+  }
+  return result;
+}
+
 void ChannelGraph::collect_costs() {
+  const std::vector<bool> grows = grows_with_batch();
   for (int32_t i = 0; i < record_.num_costed_ops; ++i) {
     try {
       collect_macs(i);
@@ -217,6 +247,9 @@ void ChannelGraph::collect_costs() {
       // Not the operator that its name says: it costs nothing that could be told.
     }
   }
+  // The cost is that of the recorded batch, of which an example is a fraction.
+  for (CostTerm& term : macs_)
+    if (!grows[term.source]) term.constant = multiply(term.constant, record_.batch);
   for (int32_t slot = 0; slot < record_.num_slots; ++slot) {
     if (!record_.is_parameter[slot]) continue;
     CostTerm term{slot, 1, {}};

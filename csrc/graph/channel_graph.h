@@ -93,6 +93,7 @@ class ChannelGraph {
   void intern_axes();
   void collect_macs(int32_t i);
   void collect_costs();
+  std::vector<bool> grows_with_batch() const;
   void add_product(int32_t op, int64_t constant, const std::vector<std::pair<int32_t, int>>& dims);
   int32_t intern(const Axis& axis);
 

@@ -59,6 +59,8 @@ void validate(const Record& record) {
   require(within(record.num_costed_ops, record.ops.size() + 1), "more operators to be costed than there are");
   for (const int32_t t : record.outputs) require(within(t, n), "an output of the model is no tensor");
   for (const int32_t t : record.pinned) require(within(t, record.num_slots), "a pinned slot is no slot");
+  for (const int32_t t : record.batched) require(within(t, n), "a batched input is no tensor");
+  require(record.batch >= 1, "the batch is empty");
   for (const Tie& tie : record.ties) {
     require(within(tie.first, n) && within(tie.second, n), "a tie names no tensor");
     const auto& first = record.tensors[tie.first].shape;

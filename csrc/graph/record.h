@@ -62,6 +62,8 @@ struct Record {
   std::vector<int32_t> pinned;  // slots that something outside the trace aliases
   std::vector<Tie> ties;
   std::vector<std::pair<int32_t, int32_t>> survivors;  // (reshape, axis of the block): which one survives a split
+  std::vector<int32_t> batched;                        // inputs that grow with the batch
+  int64_t batch = 1;                                   // examples in the recorded forward
 };
 
 // Throws std::invalid_argument where an index points nowhere or a size is no size. What operators do with their

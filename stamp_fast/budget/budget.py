@@ -12,7 +12,7 @@ import torch
 from ..errors import ArgumentError, BudgetError
 
 if TYPE_CHECKING:
-    from ..graph import ChannelGraph
+    from ..graph import ChannelGraph, Group
 
 TOLERANCE = 0.02
 _MOST_TRIALS = 300  # of a search that only networks with few channels need
@@ -106,7 +106,9 @@ class Budget:
         if round_to:
             text += f" with round_to={round_to}"
         in_the_way = [
-            f"'{g.name}' ({g.channels} channels): {g.reason}" for g in graph.groups + graph.frozen if g.reason
+            f"'{g.name}' ({g.channels} channels): {reason}"
+            for g in graph.groups + graph.frozen
+            if (reason := g.reason or minimum_width(g, round_to))
         ]
         if in_the_way:
             text += ". In the way: " + "; ".join(in_the_way[:5])
@@ -161,6 +163,23 @@ def check_round_to(round_to: Any) -> None:
         raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
 
 
+def minimum_width(group: Group, round_to: int | None, floor: float = 0.0) -> str:
+    """Why no budget can cut the group: it is as narrow as it may get. "" where it is not."""
+    if group.num_classes > _least(group, round_to or 1, floor)[1]:
+        return ""
+    if group.num_classes == 1:
+        return "minimum width: its channels go together and have to stay"
+    wanted = ", ".join([f"round_to={round_to}"] * bool(round_to) + [f"floor={floor:g}"] * bool(floor))
+    return f"minimum width: {group.channels} channels with {wanted}"
+
+
+def _least(group: Group, round_to: int, floor: float) -> tuple[int, int]:
+    """How many classes go at a time, and how many have to stay."""
+    width = max(1, round(group.channels / group.num_classes))  # channels that go with one class
+    step = round_to // math.gcd(round_to, width)
+    return step, max(step, math.ceil(floor * group.num_classes / step) * step)
+
+
 def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int | None) -> torch.Tensor:
     if ranking not in ("global", "local"):
         raise ArgumentError(f"select: ranking must be 'global' or 'local', got {ranking!r}")
@@ -179,9 +198,7 @@ def _removal_units(graph: ChannelGraph, scores: torch.Tensor, ranking: str, roun
     classes, keys, counts, groups = [none], [none.double()], [none], [none]
     for index, group in enumerate(graph.groups):
         size = group.num_classes
-        width = max(1, round(group.channels / size))  # channels that go with one class
-        step = round_to // math.gcd(round_to, width)
-        least = max(step, math.ceil(floor * size / step) * step)
+        step, least = _least(group, round_to, floor)
         if group.reason is not None or size <= least:
             continue
         ascending, order = torch.sort(scores[group.classes], stable=True)

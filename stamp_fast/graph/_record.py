@@ -154,7 +154,10 @@ def _record_forward(
                     recorder.twin(module._parameters[n]) for n in module._flat_weights_names
                 ]
         hooks = WatchedHooks(modules, recorder.made, lambda: len(recording.calls))
+        first = len(recording.shapes)
         recorder.add_all(_output_tensors(inputs))
+        added = range(first, len(recording.shapes))
+        recording.batched = [i for i in added if recording.shapes[i][:1] == (BATCH,) or _image_list(example)]
         with module_names(modules, recorder.modules):
             try:
                 with recorder:

@@ -61,6 +61,7 @@ class Recording:
     values: dict[int, tuple] = dataclasses.field(default_factory=dict)  # of small constant tensors
     caches: Caches = dataclasses.field(default_factory=Caches)
     costed: int = 0  # calls of the first forward; those of a second, train-mode one are not counted as cost
+    batched: list[int] = dataclasses.field(default_factory=list)  # inputs of which a batch has more, or larger ones
 
 
 # Called after every operator with the recording so far, the call and the stack of running modules; may raise.

@@ -15,6 +15,7 @@ from .._load import graph_core
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
 from ._optimizers import Optimizers
+from ._strict import check_strict
 from ._undisturbed import emptied, named_modules
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ChannelGraph:
         self.survivors: dict[int, int] = {}  # reshape that splits channels -> axis of it that survives, if not ours
         self.calls_by_module: dict[str, list[_record.Call]] | None = None  # made when something has to be mended
         self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
+        self.protected: dict[str, str] = {}  # names given to `protect`, each with its reason
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
         owners = _owners(model)
         self._owners = [owners[id(t)] for t in _record.slot_tensors(model).values()]
@@ -100,6 +102,8 @@ class ChannelGraph:
             _record.Ref,
             [(*tie.first, *tie.second) for tie in ties],
             list(self.survivors.items()),
+            recording.batched,
+            _record.BATCH,
         )
         axes: dict[int, torch.Tensor | None] = {-1: None}  # a weight and its norm's four vectors share one
         for axis in {axis for dims in self._core.slot_axes for axis in dims if axis >= 0}:
@@ -186,8 +190,13 @@ class ChannelGraph:
             name = _layer(slot.name)
             if slot.is_parameter and len(slot.axes) > 1 and name not in listed and name not in rest:
                 event = self._core.freeze_event(i, 0)
-                reason = self._reason(event) if event >= 0 else "its channels are not the output of a layer"
-                rest[name] = Group(name, self.recording.shapes[i][0], slice(0, 0), reason)
+                channels = self.recording.shapes[i][0]
+                reason = "its channels are not the output of a layer"
+                if event >= 0:
+                    reason = self._reason(event)
+                elif channels == 1:
+                    reason = "minimum width: its one channel has to stay"
+                rest[name] = Group(name, channels, slice(0, 0), reason)
         return list(rest.values())
 
     def __repr__(self) -> str:
@@ -215,6 +224,7 @@ class ChannelGraph:
         for name in names:
             if name not in known or not name:
                 raise ArgumentError(f"keep: the model has no module or parameter named '{name}'")
+            self.protected[name] = reason
             for i, slot in enumerate(self.slots):
                 if slot.name == name or slot.name.startswith(name + "."):
                     for dim, axis in enumerate(slot.axes):
@@ -286,16 +296,22 @@ class ChannelGraph:
         found = {g for t in (*call.outs, *_record.refs_in(call.args)) for g in self._core.groups_of(t)}
         return [g for g in sorted(found) if not bool(keep[self.groups[g].classes].all())]
 
-    def settle(self) -> None:
+    def settle(self, strict: bool = False) -> None:
         """Mends what a smaller network would trip over: sizes that the forward holds in attributes or literals.
 
         Attributes are bound to the width they follow, groups that must stay equally wide are tied, and what cannot be
         mended is kept. Groups and classes are numbered anew, so do it before `select`.
 
+        Args:
+            strict: nothing may be kept but outputs of the model, what `protect` names, and layers of one channel.
+
         Raises:
             CompactionError: the forward does not even repeat itself.
+            ModelError: with `strict`, something else is kept; lists every such group with its reason.
         """
         _settle.settle(self)
+        if strict:
+            check_strict(self)
 
     def output(self, inputs: Any) -> Any:
         """The model's output in eval mode, without gradients or autocast; the model is left as found."""
@@ -364,6 +380,7 @@ class ChannelGraph:
         recording.caches = self.recording.caches
         recording.pinned = self.recording.pinned  # on meta tensors nobody sees who shares memory
         graph = ChannelGraph(self.model, self.example, recording)
+        graph.protected = dict(self.protected)
         graph._kept = [(slot, dim, moved(slot, dim, where), reason) for slot, dim, where, reason in self._kept]
         # Where the same operators run, tensors have the same indices, and what was mended stays so.
         if [(c.name, c.outs) for c in recording.calls] == [(c.name, c.outs) for c in self.recording.calls]:

@@ -2,5 +2,6 @@
 
 from .measure import StepCost, compare_steps
 from .report import GroupVerdict, PruneReport
+from .verdicts import verdicts
 
-__all__ = ["GroupVerdict", "PruneReport", "StepCost", "compare_steps"]
+__all__ = ["GroupVerdict", "PruneReport", "StepCost", "compare_steps", "verdicts"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _ROUNDS = 5
 _SECONDS = 1.0
@@ -78,7 +79,7 @@ def _synchronize() -> None:
 
 def _peak_bytes(model: nn.Module, step: Callable[[], None], batch: Any) -> int:
     """Peak of what one step has allocated at a time, beyond what was there before it. Also warms up."""
-    tensors = [t for t in (batch if isinstance(batch, (tuple, list)) else [batch]) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, torch.Tensor)]
     if tensors and tensors[0].is_cuda:
         step()
         before = torch.cuda.memory_allocated()

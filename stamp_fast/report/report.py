@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import sys
 
 from rich.console import Console
 from rich.table import Table
+
+_SHOWN = 3  # names in one cell of the text; the JSON has all
+_MODULE = re.compile(r" in module '[^']*'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,9 @@ class PruneReport:
         console = Console(width=110, color_system=None, markup=False, emoji=False, highlight=False)
         with console.capture() as capture:
             console.print(self._summary())
-            console.print(self._group_table())
+            for table in (self._pruned_table(), self._kept_table()):
+                if table.row_count:
+                    console.print(table)
             for note in self.notes:
                 console.print(f"note: {note}", soft_wrap=True)
             spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
@@ -82,7 +90,8 @@ class PruneReport:
         return capture.get().rstrip()
 
     def _summary(self) -> Table:
-        table = Table(title=f"pruned by '{self.method}' for {self.budget}")
+        asked = ", ".join(f"{name}={fraction:g}" for name, fraction in self.budget.items())
+        table = Table(title=f"pruned by '{self.method}' for {asked}")
         for heading in ("", "before", "after", "ratio"):
             table.add_column(heading, justify="left" if not heading else "right")
         rows = [
@@ -99,18 +108,50 @@ class PruneReport:
                 table.add_row(name, f"{before:.1f}", f"{after:.1f}", ratio)
         return table
 
-    def _group_table(self) -> Table:
-        table = Table(title="channels")
-        table.add_column("layer", no_wrap=True)
+    def _pruned_table(self) -> Table:
+        pruned = [group for group in self.groups if group.verdict == "pruned"]
+        table = Table(title=f"pruned: {_groups(len(pruned))}")
+        table.add_column("layer", overflow="fold")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
-        table.add_column("verdict", overflow="fold")
-        for group in self.groups:
-            others = [layer for layer in group.layers if layer != group.name]
-            verdict = group.verdict + (f": {group.reason}" if group.reason else "")
-            verdict += f" (with {', '.join(others)})" if others else ""
-            table.add_row(group.name, str(group.channels), str(group.kept), verdict)
+        others = [_some([layer for layer in group.layers if layer != group.name]) for group in pruned]
+        if any(others):
+            table.add_column("together with", overflow="fold")
+        for group, names in zip(pruned, others, strict=True):
+            table.add_row(group.name, str(group.channels), str(group.kept), *[names] * any(others))
         return table
+
+    def _kept_table(self) -> Table:
+        """One row for each reason: a network repeats its blocks, and with them a reason but for its module."""
+        by_reason: dict[str, list[GroupVerdict]] = {}
+        for group in self.groups:
+            if group.verdict == "kept":
+                by_reason.setdefault(_MODULE.sub("", group.reason), []).append(group)
+        table = Table(title=f"kept: {_groups(sum(map(len, by_reason.values())))}", show_lines=True)
+        table.add_column("layer (channels)", overflow="fold")
+        table.add_column("reason", overflow="fold")
+        for reason, groups in by_reason.items():
+            reason = groups[0].reason if len({g.reason for g in groups}) == 1 else reason
+            many = f"{len(groups)} groups: " if len(groups) > 1 else ""
+            table.add_row(_some([f"{g.name} ({g.channels})" for g in groups], "\n"), many + _short_paths(reason))
+        return table
+
+
+def _groups(count: int) -> str:
+    return f"{count} group" + "s" * (count != 1)
+
+
+def _some(names: list[str], separator: str = ", ") -> str:
+    more = len(names) - _SHOWN
+    return separator.join(names if more <= 1 else [*names[:_SHOWN], f"and {more} more"])
+
+
+def _short_paths(reason: str) -> str:
+    """Source files relative to where they are imported from; the JSON keeps them whole."""
+    for root in sorted({os.getcwd(), *sys.path}, key=len, reverse=True):
+        if root.rstrip(os.sep):
+            reason = reason.replace(f" at {root.rstrip(os.sep)}{os.sep}", " at ")
+    return reason
 
 
 def _megabytes(size: int | None) -> float | None:
