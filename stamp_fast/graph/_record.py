@@ -158,7 +158,7 @@ def _record_forward(
         recorder.add_all(_output_tensors(inputs))
         added = range(first, len(recording.shapes))
         recording.batched = [i for i in added if recording.shapes[i][:1] == (BATCH,) or _image_list(example)]
-        with module_names(modules, recorder.modules):
+        with module_names(modules, recorder.modules, recorder.layer):
             try:
                 with recorder:
                     output = call_model(model, inputs)

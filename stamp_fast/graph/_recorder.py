@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _layers
+from ._layers import Ref
 from ._shapes import FAST, remembered
 from ._undisturbed import Caches
 
@@ -24,10 +26,6 @@ _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(__file__) + os.sep
 _META = torch.device("meta")
 _SMALL = 64  # elements of a constant whose values are kept
-
-
-class Ref(int):
-    """Index of a tensor among an operator's recorded arguments."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -185,6 +183,43 @@ class Recorder(TorchDispatchMode):
         self._write(op, _map(self._to_ref, ordered), result)
         return result
 
+    def layer(self, layer: nn.Module, x: torch.Tensor, run: Callable) -> Any:
+        """Runs one of torch's own layers, or writes down what one like it did with a tensor like this."""
+        own = [self._known.get(id(t)) for t in (x, *_layers.own_tensors(layer))]
+        key = None if None in own else _layers.key_of(layer, x)
+        if key is None:
+            return run(layer, x)
+        template = _layers.known(key)
+        if template is not None:
+            return self._repeat(template, [x, *_layers.own_tensors(layer)], [ref for ref, _ in own])
+        first, made, calls = len(self.recording.shapes), len(self.made), len(self.recording.calls)
+        result = run(layer, x)
+        new = range(first, len(self.recording.shapes))
+        if len(self.made) - made == len(new):  # nothing from outside came in
+            tensors = [x, *_layers.own_tensors(layer), *self.made[made:]]
+            done = [(call.name, call.args, call.outs) for call in self.recording.calls[calls:]]
+            _layers.learn(key, tensors, [*(int(ref) for ref, _ in own), *new], done, result)
+        return result
+
+    def _repeat(self, template: _layers.Template, tensors: list[torch.Tensor], refs: list[Ref]) -> torch.Tensor:
+        for ref in refs:
+            if ref < len(self.used):
+                self.used[ref] = 1
+        with torch._C._DisableTorchDispatch():  # out here this mode would take them for the forward's own
+            made = [
+                torch.empty_strided(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in template.made
+            ]
+            tensors += made
+            refs += [Ref(self.add(tensor)) for tensor in made]
+        line = _source_line()
+        for name, args, outs in template.calls:
+            filled = tuple([refs[a] if type(a) is _layers.Place else a for a in args])
+            call = Call(name, filled, [int(refs[o]) for o in outs], self.modules[-1], line)
+            self.recording.calls.append(call)
+            if self.watch is not None:
+                self.watch(self.recording, call, self.modules)
+        return tensors[template.result]
+
     def _to_meta(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
@@ -307,7 +342,7 @@ _is_library: dict[CodeType, bool] = {}
 
 def _source_line() -> tuple[str, int]:
     """File and line of the model's code that is running; torch and this package are not meant."""
-    frame = sys._getframe(3)
+    frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         is_library = _is_library.get(code)
@@ -322,14 +357,24 @@ def _source_line() -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def module_names(modules: dict[str, nn.Module], stack: list[str]) -> Iterator[None]:
-    """Inside, `stack` holds the names of the modules whose forwards run, the innermost last."""
+def module_names(
+    modules: dict[str, nn.Module],
+    stack: list[str],
+    layer: Callable[[nn.Module, torch.Tensor, Callable], Any] | None = None,
+) -> Iterator[None]:
+    """Inside, `stack` holds the names of the modules whose forwards run, the innermost last.
+
+    Args:
+        layer: (layer, tensor, call) -> output; takes over the calls of torch's own layers on one tensor.
+    """
     names = {id(module): name for name, module in modules.items()}
     original = nn.Module.__call__
 
     def call(module, *args, **kwargs):
         stack.append(names.get(id(module), type(module).__name__))
         try:
+            if layer is not None and type(module) in _layers.LAYER_TYPES and len(args) == 1 and not kwargs:
+                return layer(module, args[0], original)
             return original(module, *args, **kwargs)
         finally:
             stack.pop()

@@ -76,6 +76,8 @@ def attributes_restored(model: nn.Module, modules: dict[str, nn.Module] | None =
                 if isinstance(container, dict) and len(container) > len(contents):
                     caches.dicts.append(container)
                 _restore_container(container, contents)
+            if _is_same(attributes, before):
+                continue
             for name, value in attributes.items():
                 if isinstance(value, torch.Tensor) and name in before and before[name] is None:
                     caches.attributes.append((attributes, name, None))
@@ -141,6 +143,10 @@ def _autocast_device(model: nn.Module) -> str:
     return "cuda" if first is not None and first.is_cuda else "cpu"
 
 
+def _is_same(value: dict, saved: dict) -> bool:
+    return len(value) == len(saved) and all(map(is_, value.values(), saved.values())) and value.keys() == saved.keys()
+
+
 def _restore_container(value: Any, saved: Any) -> None:
     if isinstance(value, list):
         value[:] = saved
@@ -148,8 +154,6 @@ def _restore_container(value: Any, saved: Any) -> None:
         if value != saved:
             value.clear()
             value.update(saved)
-    elif not (
-        len(value) == len(saved) and all(map(is_, value.values(), saved.values())) and value.keys() == saved.keys()
-    ):
+    elif not _is_same(value, saved):
         value.clear()
         value.update(saved)
