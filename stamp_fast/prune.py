@@ -100,7 +100,8 @@ def prune(
                 graph.settle(strict)
                 check_prunable(graph)
                 dense = _copy(network)
-            with phases("score"), in_mode(network, training=True):
+            # A cache that is filled here would make the smaller network run other operators than the trace.
+            with phases("score"), attributes_restored(network), in_mode(network, training=True):
                 ranked = METHODS[method](Request(graph, batches, inputs, loss_fn, budget, steps, seed, phases.advance))
             with in_mode(network, training=False):
                 examples = some_examples(inputs, 8) if verify else None
