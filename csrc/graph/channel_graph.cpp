@@ -231,8 +231,10 @@ std::vector<bool> ChannelGraph::grows_with_batch() const {
     for (const Value& arg : op.args) visit(visit, arg);
     const std::string name = base_name(op.name);
     const bool repeats = name == "expand" || name == "repeat" || name.rfind("new_", 0) == 0;
-    if (!from_tensor || (repeats && !(op.args[0].is_tensor() && is_batch_long(tensor_arg(op, 0)))))
-      for (const int32_t out : op.outs) result[i] = result[i] || is_batch_long(out);
+    const bool is_table = name == "arange" || name == "linspace" || name == "eye";  // of positions
+    const bool may_repeat = repeats && !(op.args[0].is_tensor() && is_batch_long(tensor_arg(op, 0)));
+    for (const int32_t out : op.outs)
+      result[i] = result[i] || (!from_tensor && !is_table) || (may_repeat && is_batch_long(out));
     for (const int32_t out : op.outs) batched[out] = batched[out] || result[i];
   }
   return result;

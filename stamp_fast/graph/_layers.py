@@ -66,7 +66,8 @@ def key_of(layer: nn.Module, x: torch.Tensor) -> Any:
     )
     own = tuple([(t.shape, t.stride(), t.dtype) for t in own_tensors(layer)])
     names = tuple([name for table in (layer._parameters, layer._buffers) for name, t in table.items() if t is not None])
-    key = type(layer), settings, names, own, x.shape, x.stride(), x.dtype
+    # With its forward, which somebody may have put there.
+    key = type(layer), type(layer).forward, settings, names, own, x.shape, x.stride(), x.dtype
     try:
         hash(key)
     except TypeError:
@@ -104,5 +105,5 @@ def learn(
         return
     if len(_known) >= _MOST:
         _known.clear()
-    made = tensors[len(indices) - (len(tensors) - len(key[3]) - 1) :]
+    made = tensors[len(indices) - (len(tensors) - len(key[4]) - 1) :]
     _known[key] = Template(found, [(t.shape, t.stride(), t.dtype) for t in made], returned[0])
