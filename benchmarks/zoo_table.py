@@ -28,7 +28,8 @@ Written by `python -m benchmarks.zoo`; the choice of networks is in `benchmarks/
 - **FAIL**: anything else; freezing everything is a failure too.
 - **groups**: pruned / kept whole (the output's own channels not counted). The reasons are listed at the end.
 - **ms**: structural work alone: from a dense float32 network to one with half of every group removed by its local L2
-  norm, batch 1; median of 3. Ours includes the check of a probe that `prune` makes before it scores. Torch-Pruning:
+  norm, batch 1; median of 3, after one that warms up. Ours includes the replay of the cut, and the mending of what
+  that trips over. Torch-Pruning:
   `MagnitudePruner` as it comes, the layers that make the output ignored; run in turns with ours; once where slow.
 - **Torch-Pruning's verdict**: "runs" = forward and backward run after pruning, and the output keeps its shape. What
   the output is was not compared."""

@@ -207,7 +207,8 @@ Axis Propagator::join(const Axis& a, const Axis& b) {
   }
   if (a.layers.size() != b.layers.size()) {
     // Kernel dims turn out frozen in the first pass and drop out; only what is still unmatched afterwards is frozen.
-    if (!strict_) return a.layers.size() < b.layers.size() ? a : b;
+    const Axis& fewer = a.layers.size() < b.layers.size() ? a : b;
+    if (!strict_ || freeze_copies(&fewer == &a ? b : a)) return fewer;
     freeze(a, "two differently folded sets of channels meet in one dimension");
     freeze(b, "two differently folded sets of channels meet in one dimension");
     return {};
@@ -220,6 +221,25 @@ Axis Propagator::join(const Axis& a, const Axis& b) {
     for (size_t i = 0; i < left.size(); ++i) changed_ |= classes_.unite(left[i], right[i]);
   }
   return a;
+}
+
+// Heads of keys that several heads of queries share are folded with their copies: the number of copies stays.
+bool Propagator::freeze_copies(const Axis& axis) {
+  bool any = false;
+  for (const Ids& layer : axis.layers) {
+    if (!std::all_of(layer->begin(), layer->end(), [&](int32_t id) { return copies_.contains(id); })) continue;
+    Axis copies;
+    copies.layers.push_back(layer);
+    freeze(copies, "number of copies of the same channels");
+    any = true;
+  }
+  return any;
+}
+
+Axis Propagator::fresh_copies(int dim, int64_t size) {
+  const Axis axis = fresh(0, dim, size);
+  for (const Ids& layer : axis.layers) copies_.insert(layer->begin(), layer->end());
+  return axis;
 }
 
 void Propagator::contract(const Axis& a, const Axis& b) {
@@ -295,7 +315,7 @@ Labels Propagator::reshape(int32_t tensor, const std::vector<int64_t>& target) {
     std::vector<Axis> pieces(block.to.size());
     for (size_t k = 0; k < block.from.size(); ++k) {
       const Axis source = axis(tensor, block.from[k]);
-      if (source.unknown() && source.layers.empty())
+      if (source.unknown())
         for (Axis& piece : pieces) piece.site = source.site, piece.site_axis = -1;
       for (const Ids& layer : source.layers) {
         std::vector<int32_t> ids(total);

@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 #include <tuple>
+#include <unordered_set>
 #include <vector>
 
 #include "labels.h"
@@ -83,6 +84,8 @@ class Propagator {
   Axis tie_runs(const Axis& axis, int64_t length);
   // Ids of this operator's own, the same in every pass.
   Axis fresh(int output, int dim, int64_t size);
+  // The same for a dim that holds copies.
+  Axis fresh_copies(int dim, int64_t size);
   Labels reshape(int32_t tensor, const std::vector<int64_t>& target);
 
   void read(int32_t tensor, int dim, bool exact);
@@ -91,11 +94,12 @@ class Propagator {
   void produce(int32_t tensor, int dim);
   // A split into heads: the axis that activations contract later must not be the one that survives.
   void mark_contracted(const Axis& a, const Axis& b);
-  // Likewise for an axis whose positions are used one by one.
+  // Likewise for an axis whose positions are used one by one, or beside one that has to survive.
   void mark_taken_apart(const Axis& axis);
 
  private:
   void pass();
+  bool freeze_copies(const Axis& axis);
   void survey_split_sites();
   void reduce(const std::vector<int32_t>& ids, const std::vector<int64_t>& sizes, std::vector<Axis>& into);
   int choose_survivor(const std::vector<int32_t>& roots, const std::vector<int64_t>& sizes,
@@ -112,7 +116,8 @@ class Propagator {
   std::vector<DerivedArg> derived_;
   std::vector<std::pair<int32_t, int32_t>> producers_;
   std::map<std::tuple<int32_t, int, int>, Ids> fresh_;
-  std::map<int32_t, int> survivor_;  // split site -> axis that survives
+  std::unordered_set<int32_t> copies_;  // ids of dims that were grown from size 1
+  std::map<int32_t, int> survivor_;     // split site -> axis that survives
   std::map<int32_t, std::vector<int>> candidates_;
   std::map<int32_t, std::set<int>> avoided_;  // split site -> axes that must not survive
   int32_t current_ = -1;

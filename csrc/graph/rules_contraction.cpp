@@ -108,8 +108,15 @@ void matrix_product(Propagator& graph, int32_t a, int32_t b, int32_t bias, int32
   const int batch = graph.rank(out) - 2;
   Labels labels(graph.rank(out));
   for (int d = 0; d < batch; ++d) labels[d] = graph.join(graph.axis(a, d), graph.axis(b, d));
-  if (!graph.is_slot_view(a) && !graph.is_slot_view(b))
+  if (!graph.is_slot_view(a) && !graph.is_slot_view(b)) {
     graph.mark_contracted(graph.axis(a, batch + 1), graph.axis(b, batch));
+    // Where a split has made both a batch dim and a row or column, the batch dim is that of the heads.
+    for (const int32_t t : {a, b})
+      for (int d = 0; d < batch; ++d)
+        for (int e = batch; e < batch + 2; ++e)
+          if (graph.axis(t, d).unknown() && graph.axis(t, d).site == graph.axis(t, e).site)
+            graph.mark_taken_apart(graph.axis(t, e));
+  }
   graph.contract(graph.axis(a, batch + 1), graph.axis(b, batch));
   read_one_operand(graph, a, batch + 1, b, batch);
   labels[batch] = graph.axis(a, batch);

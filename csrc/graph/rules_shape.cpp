@@ -119,7 +119,7 @@ void expand(Propagator& graph, const Op& op) {
   Labels labels(graph.rank(out));
   for (int d = 0; d < graph.rank(out); ++d) {
     const bool grown = d < offset || graph.shape(x)[d - offset] != graph.shape(out)[d];
-    labels[d] = grown ? graph.fresh(0, d, graph.shape(out)[d]) : graph.axis(x, d - offset);
+    labels[d] = grown ? graph.fresh_copies(d, graph.shape(out)[d]) : graph.axis(x, d - offset);
   }
   graph.set(out, std::move(labels));
 }

@@ -281,9 +281,8 @@ class GroupedQuery(nn.Module):
 def test_grouped_query_attention(kind, seed):
     model = GroupedQuery(kind)
     graph = settled(model, tokens())
-    assert "out" in prunable(graph)
-    for layer in {"q", "k", "v"} - cut_layers(graph):
-        assert f"{__file__}:" in reasons(graph)[layer]
+    assert prunable(graph) >= {"q", "out"}
+    assert cut_layers(graph) >= {"q", "k", "v", "out"}
     assert_exact(graph, tokens(), seed=seed)
     assert model.q.out_features == 2 * model.k.out_features == 2 * model.v.out_features == model.out.in_features
 

@@ -782,12 +782,12 @@ def attention_by_hand(m: Net, stays: dict, x: Tensor) -> Tensor:
     return F.linear(out, m.head.weight[:, values], m.head.bias)
 
 
-# The width of a head of q and k sets the scale; that of v is free, at equal positions in both heads.
+# The width of a head of q and k sets the scale: whole heads go, of q, k and v together.
 case(
     "scaled-dot-product-attention",
     (2, 7, 6),
     attention,
-    {"v": 6},
+    {"q": 2},
     by_hand=attention_by_hand,
     q=nn.Linear(6, 12),
     k=nn.Linear(6, 12),
