@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PROBES = 3  # cuts that have to run as predicted, one after the other
 _TRIES = 6  # attributes tried per mismatch, the nearest first
 _SUSPECTS = 4  # groups near a mismatch that are tried before all are bisected
-_SPLITS = 12  # calls before the mismatch whose splits are tried the other way
+_SPLITS = 16  # calls around the mismatch whose splits are tried the other way
 _REACH = 40  # calls before and after the mismatch whose sizes are candidates
 
 
@@ -86,9 +86,11 @@ def _probe(graph: ChannelGraph, seed: int) -> torch.Tensor:
             continue
         used = taken.setdefault(size, set())
 
-        counts = [c for c in range(1, size) if math.gcd(c, size) == 1]
+        # A single channel left takes shortcuts that say nothing of other counts.
+        least = 2 if size > 3 else 1
+        counts = [c for c in range(least, size) if math.gcd(c, size) == 1]
         if len(counts) < _PROBES:  # another count in every probe matters more
-            counts = list(range(1, size))
+            counts = list(range(least, size))
         free = [c for c in counts if c not in used] or counts
         count = min(free, key=lambda c: abs(c - wanted))  # noqa: B023  (used at once)
         used.add(count)
@@ -282,8 +284,8 @@ def _resplit(graph: ChannelGraph, seed: int, found: Mismatch) -> bool:
     """Heads or the width of a head, rows or columns of a shuffle: lets the other axis survive."""
     before = dict(graph.survivors)
     chosen, candidates = graph._core.survivors, graph._core.candidates
-    near = range(found.op + 1, max(-1, found.op - _SPLITS), -1)
-    for op in [op for op in near if op in candidates and op not in before]:
+    near = sorted((abs(op - found.op), op) for op in candidates if op not in before)
+    for _, op in [(distance, op) for distance, op in near if distance <= _SPLITS]:
         for axis in candidates[op]:
             if axis == chosen[op]:
                 continue

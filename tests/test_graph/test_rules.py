@@ -782,12 +782,13 @@ def attention_by_hand(m: Net, stays: dict, x: Tensor) -> Tensor:
     return F.linear(out, m.head.weight[:, values], m.head.bias)
 
 
-# The width of a head of q and k sets the scale: whole heads go, of q, k and v together.
+# The width of a head of q and k sets the scale, and their number is a literal; that of v is free, at equal positions in
+# both heads.
 case(
     "scaled-dot-product-attention",
     (2, 7, 6),
     attention,
-    {"q": 2},
+    {"v": 6},
     by_hand=attention_by_hand,
     q=nn.Linear(6, 12),
     k=nn.Linear(6, 12),
@@ -812,6 +813,7 @@ def test_rule(toy: Case):
         net.get_buffer(name).data = buffer.double() if buffer.is_floating_point() else buffer
     inputs = [3 * torch.randn(shape, dtype=torch.float64) for shape in toy.shapes]
     graph = trace(net, tuple(inputs))
+    graph.settle()
     assert {g.name: g.num_classes for g in graph.prunable if g.num_classes > 1} == toy.prunable
 
     for seed in range(3):
@@ -820,6 +822,7 @@ def test_rule(toy: Case):
 
 def check_cut(toy: Case, net: Net, inputs: list[Tensor], seed: int) -> None:
     graph = trace(net, tuple(inputs))
+    graph.settle()
     keep = random_keep(graph, seed)
     for group in graph.prunable:
         assert not keep[group.classes].all() and keep[group.classes].any()
