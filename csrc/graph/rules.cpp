@@ -11,6 +11,7 @@ const RuleTable& rule_table() {
     add_contraction_rules(rows);
     add_norm_rules(rows);
     add_shape_rules(rows);
+    add_index_rules(rows);
     add_elementwise_rules(rows);
     return rows;
   }();

@@ -21,6 +21,7 @@ void apply_rule(Propagator& graph, const Op& op);
 void add_contraction_rules(RuleTable& table);
 void add_norm_rules(RuleTable& table);
 void add_shape_rules(RuleTable& table);
+void add_index_rules(RuleTable& table);
 void add_elementwise_rules(RuleTable& table);
 
 // --- reading arguments -----------------------------------------------------------------------------------------
