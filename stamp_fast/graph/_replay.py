@@ -17,7 +17,6 @@ from ._record import Call, Recording, Ref
 if TYPE_CHECKING:
     from .graph import ChannelGraph
 
-_UNFILLED = frozenset(("empty", "empty_strided", "new_empty", "new_empty_strided"))
 _SLICES = frozenset(("slice", "narrow", "select"))
 _TELLING = _SLICES | {"view", "_unsafe_view", "_reshape_alias"}
 # Integer arguments of these are sizes; the shapes that are compared anyway follow from them.
@@ -197,8 +196,6 @@ def _difference(
             problem = _value_difference(a, b, old, new, shapes)
             if problem:
                 return f"argument {position} {problem}"
-    if base_name(was.name) in _UNFILLED:  # where such a tensor is used, that operator tells
-        return ""
     for a, b in zip(was.outs, now.outs, strict=True):
         if tuple(shapes[a]) != new.shapes[b]:
             return f"gives shape {new.shapes[b]} where {tuple(shapes[a])} is predicted"
