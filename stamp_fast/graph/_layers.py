@@ -80,12 +80,18 @@ def known(key: Any) -> Template | None:
 
 
 def learn(
-    key: Any, tensors: list[torch.Tensor], indices: list[int], calls: list[tuple[str, tuple, list[int]]], result: Any
+    key: Any,
+    tensors: list[torch.Tensor],
+    first_made: int,
+    indices: list[int],
+    calls: list[tuple[str, tuple, list[int]]],
+    result: Any,
 ) -> None:
     """Remembers what a layer has just done.
 
     Args:
         tensors: its input, its own, and those that it made.
+        first_made: place of the first that it made.
         indices: of `tensors` in the recording.
         calls: (operator, arguments with indices of tensors, indices of outputs), as recorded.
         result: what it returned.
@@ -105,5 +111,4 @@ def learn(
         return
     if len(_known) >= _MOST:
         _known.clear()
-    made = tensors[len(indices) - (len(tensors) - len(key[4]) - 1) :]
-    _known[key] = Template(found, [(t.shape, t.stride(), t.dtype) for t in made], returned[0])
+    _known[key] = Template(found, [(t.shape, t.stride(), t.dtype) for t in tensors[first_made:]], returned[0])

@@ -136,11 +136,7 @@ class Recorder(TorchDispatchMode):
         has_tensor = False
         for value in args:
             kind = type(value)
-            if kind in _PLAIN:
-                metas.append(value)
-                refs.append(value)
-                continue
-            if kind is list and (not value or type(value[0]) is int):
+            if kind in _PLAIN or (kind is list and (not value or type(value[0]) is int)):
                 metas.append(value)
                 refs.append(value)
                 continue
@@ -177,10 +173,7 @@ class Recorder(TorchDispatchMode):
             result = NotImplemented if op.fast is None or meta_kwargs else op.fast(metas)
             if result is NotImplemented:
                 result = _run(func, metas, meta_kwargs)
-        ordered = list(args)
-        for name, default in zip(op.names[len(args) :], op.defaults[len(args) :], strict=True):
-            ordered.append(kwargs.get(name, default))
-        self._write(op, _map(self._to_ref, ordered), result)
+        self._write(op, _map(self._to_ref, in_schema_order(func, args, kwargs)), result)
         return result
 
     def layer(self, layer: nn.Module, x: torch.Tensor, run: Callable) -> Any:
@@ -198,7 +191,7 @@ class Recorder(TorchDispatchMode):
         if len(self.made) - made == len(new):  # nothing from outside came in
             tensors = [x, *_layers.own_tensors(layer), *self.made[made:]]
             done = [(call.name, call.args, call.outs) for call in self.recording.calls[calls:]]
-            _layers.learn(key, tensors, [*(int(ref) for ref, _ in own), *new], done, result)
+            _layers.learn(key, tensors, len(own), [*(int(ref) for ref, _ in own), *new], done, result)
         return result
 
     def _repeat(self, template: _layers.Template, tensors: list[torch.Tensor], refs: list[Ref]) -> torch.Tensor:
@@ -214,10 +207,7 @@ class Recorder(TorchDispatchMode):
         line = _source_line()
         for name, args, outs in template.calls:
             filled = tuple([refs[a] if type(a) is _layers.Place else a for a in args])
-            call = Call(name, filled, [int(refs[o]) for o in outs], self.modules[-1], line)
-            self.recording.calls.append(call)
-            if self.watch is not None:
-                self.watch(self.recording, call, self.modules)
+            self._note(name, filled, [int(refs[o]) for o in outs], line)
         return tensors[template.result]
 
     def _to_meta(self, value: Any) -> Any:
@@ -261,10 +251,13 @@ class Recorder(TorchDispatchMode):
                     self.recording.values.setdefault(position, self.recording.values[source])
             outs.append(position)
         if outs:
-            call = Call(op.name, tuple(refs), outs, self.modules[-1] if self.modules else "", _source_line())
-            self.recording.calls.append(call)
-            if self.watch is not None:
-                self.watch(self.recording, call, self.modules)
+            self._note(op.name, tuple(refs), outs, _source_line())
+
+    def _note(self, name: str, args: tuple, outs: list[int], line: tuple[str, int]) -> None:
+        call = Call(name, args, outs, self.modules[-1] if self.modules else "", line)
+        self.recording.calls.append(call)
+        if self.watch is not None:
+            self.watch(self.recording, call, self.modules)
 
 
 @dataclasses.dataclass(slots=True)

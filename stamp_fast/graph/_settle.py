@@ -363,11 +363,10 @@ def _at_fault(graph: ChannelGraph, found: Mismatch) -> list[str]:
 
 # --- places in the recording ------------------------------------------------------------------------------------------
 def _calls_near(graph: ChannelGraph, found: Mismatch) -> list[_record.Call]:
-    """Calls within the module at fault, the nearest first; those before the mismatch go first."""
+    """Calls around the mismatch, the nearest first; of two equally near the one before it."""
     calls = graph.recording.calls
-    before = range(found.op, max(-1, found.op - _REACH), -1)
-    after = range(found.op + 1, min(len(calls), found.op + _REACH))
-    return [calls[i] for i in sorted((*before, *after), key=lambda i: (abs(i - found.op), i))]
+    near = range(max(0, found.op - _REACH + 1), min(len(calls), found.op + _REACH))
+    return [calls[i] for i in sorted(near, key=lambda i: abs(i - found.op))]
 
 
 def _changed_sizes(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[tuple[int, int, int]]:
