@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from typing import Any
 
@@ -76,27 +77,21 @@ class Verification:
             dense.restore()
 
     def _failure(self) -> CompactionError:
-        cut = [g for g, group in enumerate(self._graph.groups) if not bool(self._keep[group.classes].all())]
-        # Cutting the first `low` groups is right, cutting the first `high` is wrong.
-        low, high = 0, len(cut)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._differs(cut[:middle]) else (middle, high)
-        group = self._graph.groups[cut[high - 1]]
+        cut = self._graph.cut_groups(self._keep)
+        # The group with which cutting the first k is wrong, while cutting k - 1 is right.
+        culprit = cut[bisect.bisect_left(range(1, len(cut)), True, key=lambda k: self._differs(cut[:k]))]
+        group = self._graph.groups[culprit]
         left = round(group.channels * self._keep[group.classes].float().mean().item())
         reason = f"cut from {group.channels} to {left} channels, it differs from its masked self"
         return CompactionError(
             f"prune: '{group.name}': {reason}; the whole output is off by {self.error:.1e} (relative). The forward "
             "depends on that width in a way that was not seen. The model is unchanged; add the layer to keep=.",
-            (cut[high - 1],),
+            (culprit,),
             reason,
         )
 
     def _differs(self, groups: list[int]) -> bool:
-        partial = self._graph.all_kept()
-        for g in groups:
-            classes = self._graph.groups[g].classes
-            partial[classes] = self._keep[classes]
+        partial = self._graph.cut_only(self._keep, groups)
         expected = masked_output(self._graph, partial, self._inputs)
         dense = Snapshot(self._graph.model)
         try:

@@ -8,6 +8,7 @@ of the same class.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -314,26 +315,17 @@ def _keep_culprit(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> N
     """Keeps the group whose cut alone brings the mismatch about, and its like in other modules. Failing that, the one
     with which the first k groups fail while the first k - 1 work.
     """
-    cut = [g for g, group in enumerate(graph.groups) if not bool(keep[group.classes].all())]
+    cut = graph.cut_groups(keep)
 
     def failed(groups: list[int]) -> Mismatch | None:
-        partial = graph.all_kept()
-        for g in groups:
-            partial[graph.groups[g].classes] = keep[graph.groups[g].classes]
-        return _replay.compare(graph, graph.plan(partial))
+        return _replay.compare(graph, graph.plan(graph.cut_only(keep, groups)))
 
     near = dict.fromkeys(g for call in _calls_near(graph, found) for g in graph.cut_groups_at(call, keep))
     culprit = next((g for g in itertools.islice(near, _SUSPECTS) if failed([g])), None)
     if culprit is None and cut:
-        low, high = 0, len(cut)
-        while high - low > 1:
-            middle = (low + high) // 2
-            mismatch = failed(cut[:middle])
-            if mismatch is None:
-                low = middle
-            else:
-                high, found = middle, mismatch
-        culprit = cut[high - 1]
+        first = bisect.bisect_left(range(1, len(cut)), True, key=lambda k: failed(cut[:k]) is not None)
+        culprit = cut[first]
+        found = failed(cut[: first + 1]) or found
     if culprit is None:
         raise CompactionError(
             "settle: with every channel kept the forward still does not repeat itself: "

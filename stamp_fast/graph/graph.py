@@ -291,6 +291,17 @@ class ChannelGraph:
             self._kept.append((made.slot, made.dim, inside.nonzero().flatten(), reason))
             group.reason = reason
 
+    def cut_groups(self, keep: torch.Tensor) -> list[int]:
+        """Indices of the groups that lose channels."""
+        return [g for g, group in enumerate(self.groups) if not bool(keep[group.classes].all())]
+
+    def cut_only(self, keep: torch.Tensor, groups: Iterable[int]) -> torch.Tensor:
+        """The part of the cut that concerns these groups."""
+        partial = self.all_kept()
+        for g in groups:
+            partial[self.groups[g].classes] = keep[self.groups[g].classes]
+        return partial
+
     def cut_groups_at(self, call: _record.Call, keep: torch.Tensor) -> list[int]:
         """Indices of the groups that lose channels and label a tensor of the call."""
         found = {g for t in (*call.outs, *_record.refs_in(call.args)) for g in self._core.groups_of(t)}
