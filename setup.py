@@ -48,7 +48,8 @@ def cuda_obstacle() -> str | None:
 def graph_extension():
     sources = sorted(glob("csrc/graph/*.cpp"))
     print(f"stamp_fast._graph: {len(sources)} sources")
-    options = {"include_dirs": [str(ROOT)], "extra_compile_args": HOST_FLAGS}
+    headers = sorted(glob("csrc/graph/*.h"))
+    options = {"include_dirs": [str(ROOT)], "extra_compile_args": HOST_FLAGS, "depends": headers}
     return [Pybind11Extension("stamp_fast._graph", sources, cxx_std=20, **options)] if sources else []
 
 
