@@ -90,10 +90,13 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[int, int] = {}  # id -> index of real tensors that no parameter or input went into
         self._storages: dict[int, int] = {}
         for position, tensor in enumerate(tensors.values()):
+            if tensor.is_meta:  # in a replay
+                self._known[id(tensor)] = Ref(position), tensor
+                self.made.append(tensor)
+                continue
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
             self._adopt(tensor, twin, position)
-            if tensor.device.type != "meta":
-                self._storages[tensor.untyped_storage().data_ptr()] = position
+            self._storages[tensor.untyped_storage().data_ptr()] = position
 
     def _adopt(self, tensor: torch.Tensor, twin: torch.Tensor, position: int) -> None:
         entry = Ref(position), twin

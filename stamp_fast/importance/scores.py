@@ -38,31 +38,33 @@ def magnitude(graph: ChannelGraph, p: int = 1) -> torch.Tensor:
     """
     if p not in (1, 2):
         raise ArgumentError(f"magnitude: p must be 1 or 2, got {p}")
-    totals = torch.zeros(graph.num_classes, dtype=torch.float32)
+    axes, sums = [torch.empty(0, dtype=torch.long)], [torch.empty(0, device=graph.device)]
     with torch.no_grad():
         for slot in graph.slots:
-            if not slot.is_parameter or len(slot.axes) < 2 or all(axis is None for axis in slot.axes):
-                continue
-            weight = slot.tensor.detach()
-            for dim, sums in _power_sums(weight, p, [d for d, axis in enumerate(slot.axes) if axis is not None]):
-                _scatter(graph, totals, slot.axes[dim], sums)
+            dims = [d for d, axis in enumerate(slot.axes) if axis is not None]
+            if slot.is_parameter and len(slot.axes) > 1 and dims:
+                axes += [slot.axes[d] for d in dims]
+                sums += [found.to(graph.device) for found in _power_sums(slot.tensor.detach(), p, dims)]
+        totals = torch.zeros(graph.num_classes, dtype=torch.float32)
+        _scatter(graph, totals, torch.cat(axes), torch.cat(sums))  # one for all: most of them are a few numbers
     return totals if p == 1 else totals.sqrt()
 
 
-def _power_sums(weight: torch.Tensor, p: int, dims: list[int]) -> list[tuple[int, torch.Tensor]]:
+def _power_sums(weight: torch.Tensor, p: int, dims: list[int]) -> list[torch.Tensor]:
     """Sums of |w| ** p over all dims but one, for each of `dims`; in pieces that stay in the cache."""
     rows = max(1, _PIECE // max(1, weight[0].numel()))
-    by_row = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    column = torch.zeros(weight[0].numel(), dtype=torch.float32, device=weight.device)
-    for start in range(0, weight.shape[0], rows):
-        piece = weight[start : start + rows].float().flatten(1)
+    by_row, column = [], None
+    for piece in weight.split(rows):
+        piece = piece.float().flatten(1)
         powers = piece.abs() if p == 1 else piece.square()
-        if 0 in dims:
-            by_row[start : start + rows] = powers.sum(1)
-        if dims != [0]:
-            column += powers.sum(0)  # whole rows first: three times as fast as a sum over dims 0, 2, 3
-    column = column.view(weight.shape[1:])
-    return [(d, by_row if d == 0 else _sum_of_others(column, d - 1)) for d in dims]
+        if dims[0] == 0:
+            by_row.append(powers.sum(1))
+        if dims[-1] > 0:
+            total = powers.sum(0)  # whole rows first: three times as fast as a sum over dims 0, 2, 3
+            column = total if column is None else column.add_(total)
+    if column is not None:
+        column = column.view(weight.shape[1:])
+    return [torch.cat(by_row) if d == 0 else _sum_of_others(column, d - 1) for d in dims]
 
 
 def bn_scale(graph: ChannelGraph) -> torch.Tensor:
