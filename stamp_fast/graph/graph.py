@@ -220,13 +220,15 @@ class ChannelGraph:
         Raises:
             ArgumentError: a name is neither a module nor a parameter of the model.
         """
-        known = set(self.recording.slots) | {name for name, _ in self.model.named_modules()}
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in names:
-            if name not in known or not name:
+            places = _places(modules, name)
+            if not places:
                 raise ArgumentError(f"keep: the model has no module or parameter named '{name}'")
             self.protected[name] = reason
             for i, slot in enumerate(self.slots):
-                if slot.name == name or slot.name.startswith(name + "."):
+                # By any of its names: a tied weight has one for each layer that uses it.
+                if any(module in places or (module, key) in places for module, key in slot.owners):
                     for dim, axis in enumerate(slot.axes):
                         self._kept.append((i, dim, slice(None), reason))
                         self._protect_classes(axis, reason)
@@ -427,6 +429,18 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
                 if tensor is not None:
                     owners.setdefault(id(tensor), []).append((module, key))
     return owners
+
+
+def _places(modules: dict[str, nn.Module], name: str) -> set:
+    """The modules within the module of that name, or (module, key) of the parameter or buffer; empty for neither."""
+    if not name:
+        return set()
+    if name in modules:
+        return set(modules[name].modules())
+    owner, _, key = str(name).rpartition(".")
+    module = modules.get(owner)
+    tensors = {} if module is None else module._parameters | module._buffers
+    return set() if tensors.get(key) is None else {(module, key)}
 
 
 def _layer(parameter: str) -> str:

@@ -639,6 +639,15 @@ def test_keep_that_cannot_be():
     before.assert_same()
 
 
+@pytest.mark.parametrize("name", ["other", "other.weight", "again", "again.weight"])
+def test_keep_by_any_name_of_a_shared_weight(name):
+    model = Tied()
+    model.again = model.decode
+    graph = trace(model, torch.randn(2, 6))
+    graph.protect([name])
+    assert graph.protected and {g.name: g.reason for g in graph.groups} == {"encode": "kept on request"}
+
+
 def test_masked_gradients_land_in_the_dense_parameters_at_live_positions():
     model = randomise(Residual()).double().eval()
     x, y = batch(torch.float64)
