@@ -499,6 +499,27 @@ def test_failure_in_any_phase_changes_nothing(monkeypatch, phase, method, model,
     stamp_fast.prune(model, loader, method=method, steps=3, optimizer=optimizer, progress=False)
 
 
+def test_failure_puts_back_a_buffer_that_the_forward_replaces(digits):
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.Linear(24, 10)
+            self.register_buffer("mean", torch.zeros(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x))
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean((0, 2, 3))
+            return self.head(torch.relu(h - self.mean[:, None, None]).mean((2, 3)))
+
+    model = Centred()
+    good = next(iter(DataLoader(digits, 32)))
+    model(good[0])
+    before = Frozen(model)
+    with pytest.raises(LoaderError, match="targets"):  # as late as its statistics are taken anew
+        stamp_fast.prune(model, [good, (good[0], good[1] + 90)], method="magnitude", progress=False)
+    before.assert_same()
+
+
 def test_other_batches_than_the_first_are_moved_and_read(model):
     """Every one of `steps` batches is used; the loader is begun anew as often as it takes."""
     seen = []
