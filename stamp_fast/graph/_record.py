@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
@@ -146,6 +147,8 @@ def _record_forward(
     with undisturbed(model, modules) as caches:
         for module in modules.values():
             module.__dict__["training"] = training
+            if training and isinstance(module, _NormBase) and module.momentum is None:
+                module.__dict__["momentum"] = 0.1  # it would ask a buffer without values for its count of batches
         recorder = Recorder(recording, tensors, watch)
         for module in modules.values():
             if isinstance(module, nn.RNNBase):

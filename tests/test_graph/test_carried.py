@@ -382,6 +382,23 @@ def test_other_batch_norms(norm):
         assert model.bn1.num_features == model.conv1.out_channels
 
 
+def test_cumulative_statistics_beside_a_head_for_training_alone():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, momentum=None)
+            self.head, self.extra = nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.norm(self.stem(x))).mean((2, 3))
+            return self.head(h) + self.extra(h) if self.training else self.head(h)
+
+    model = randomise(Auxiliary()).double()
+    cut_and_compare(model, images(dtype=torch.float64))
+    assert model.norm.momentum is None
+    assert model.norm.num_features == model.extra.in_features == model.head.in_features < 16
+
+
 def test_frozen_parameters_stay_frozen():
     model = randomise(Residual()).double().requires_grad_(False)
     cut_and_compare(model, torch.randn(4, 1, 8, 8, dtype=torch.float64))
