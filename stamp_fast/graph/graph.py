@@ -483,9 +483,10 @@ def unwrapped(model: Any) -> nn.Module:
     original = getattr(model, "_orig_mod", None)
     if isinstance(original, nn.Module):
         return original
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("model: a ScriptModule cannot be pruned; prune the original module and script it again")
     for name, module in named_modules(model).items():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"'{name}' is a ScriptModule, which" if name else "a ScriptModule"
+            raise ModelError(f"model: {what} cannot be pruned; prune the original module and script it again")
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             what = f"'{name}' is" if name else "is"
             raise ModelError(

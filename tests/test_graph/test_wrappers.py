@@ -114,6 +114,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "distributed": (nn.parallel.DistributedDataParallel, "wrapped in DistributedDataParallel.*model.module"),
     "sharded": (shard, "'0.weight' is a DTensor, sharded.*prune before"),
     "scripted": (torch.jit.script, "ScriptModule.*prune the original"),
+    "nested-scripted": (lambda m: nn.Sequential(torch.jit.script(m)), "'0' is a ScriptModule.*prune the original"),
     "lazy": (lambda m: m.append(nn.LazyLinear(4)), "'8.weight' is lazy.*run one forward"),
     "lazy-norm": (lambda m: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d()), "'1.weight' is lazy"),
 }
