@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget, check_round_to, minimum_width
+from .budget import check_budget, check_round_to, minimum_width
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
 from .graph._optimizers import listed
@@ -25,8 +25,7 @@ def check_arguments(
     seed: Any,
     switches: dict[str, Any],
 ) -> None:
-    if not isinstance(budget, Budget):
-        raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
+    check_budget(budget)
     if not isinstance(method, str) or method not in methods:
         raise ArgumentError(f"method: must be one of {', '.join(methods)}, got {method!r}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:

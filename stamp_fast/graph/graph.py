@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._load import graph_core
+from ..budget import Budget, check_budget
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
 from ._optimizers import Optimizers
 from ._strict import check_strict
 from ._undisturbed import emptied, named_modules
-
-if TYPE_CHECKING:
-    from ..budget import Budget
 
 __all__ = ["ChannelGraph", "Group", "trace"]
 
@@ -218,8 +216,10 @@ class ChannelGraph:
         """Keeps every group that touches a parameter of the named modules.
 
         Raises:
-            ArgumentError: a name is neither a module nor a parameter of the model.
+            ArgumentError: no list of names, or a name is neither a module nor a parameter of the model.
         """
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ArgumentError(f"keep: expected a list of module or parameter names, got {names!r}")
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in names:
             places = _places(modules, name)
@@ -261,6 +261,7 @@ class ChannelGraph:
 
     def select(self, scores: torch.Tensor, budget: Budget, **options: Any) -> torch.Tensor:
         """The keep mask that meets `budget` with the highest-scored classes; see `Budget.select`."""
+        check_budget(budget)
         return budget.select(self, scores, **options)
 
     def _bytes(self, keep: torch.Tensor | None) -> Any:
@@ -271,9 +272,11 @@ class ChannelGraph:
         """`keep` as a bool tensor on the CPU.
 
         Raises:
-            ArgumentError: wrong size, a group without a channel left, or a protected group cut.
+            ArgumentError: not a mask, wrong size, a group without a channel left, or a protected group cut.
         """
-        keep = torch.as_tensor(keep).detach().cpu().bool().contiguous()
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
+            keep = _as_mask(keep)
+        keep = keep.detach().cpu().contiguous()
         if keep.shape != (self.num_classes,):
             raise ArgumentError(f"keep: expected shape ({self.num_classes},), got {tuple(keep.shape)}")
         counts = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])[self._ends].diff().tolist()
@@ -419,6 +422,17 @@ class ChannelGraph:
         plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
         with plan.virtual(scale), emptied(self.recording.caches):
             yield self.model
+
+
+def _as_mask(keep: Any) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(keep)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"keep: expected a bool tensor, [num_classes], got {type(keep).__name__}") from None
+    # Scores given in the place of a choice would all count as "stays".
+    if not bool(((values == 0) | (values == 1)).all()):
+        raise ArgumentError("keep: expected a bool tensor, [num_classes], got other numbers; scores go to graph.select")
+    return values.bool()
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -625,6 +625,12 @@ def test_keep_that_cannot_be():
     before = Frozen(model)
     with pytest.raises(ArgumentError, match="expected shape"):
         graph.compact(torch.ones(3))
+    for bad in (None, "all", object(), [None]):
+        with pytest.raises(ArgumentError, match="keep: expected a bool tensor"):
+            graph.compact(bad)
+    with pytest.raises(ArgumentError, match="got other numbers; scores go to graph.select"):
+        graph.compact(torch.linspace(0.1, 0.9, graph.num_classes))
+    assert graph.macs([1] * graph.num_classes) == graph.macs(torch.ones(graph.num_classes)) == graph.macs()
     keep = graph.all_kept()
     keep[graph.groups[0].classes] = False
     with pytest.raises(ArgumentError, match=f"no channel of '{graph.groups[0].name}' is left"):
@@ -636,6 +642,9 @@ def test_keep_that_cannot_be():
         graph.compact(keep)
     with pytest.raises(ArgumentError, match="no module or parameter named 'conv9'"):
         graph.protect(["conv9"])
+    for bad in ("conv2", 3, None):
+        with pytest.raises(ArgumentError, match="expected a list of module or parameter names"):
+            graph.protect(bad)
     before.assert_same()
 
 
