@@ -364,7 +364,8 @@ class ChannelGraph:
 
         Raises:
             CompactionError: the replay of the smaller network differs from the prediction; nothing has changed.
-            ArgumentError: state that cannot be cut, or the graph was compacted before; nothing has changed.
+            ArgumentError: state that cannot be cut, or the network has been cut since it was traced; nothing has
+                changed.
         """
         self._check_current()
         plan = self.plan(keep)
@@ -376,6 +377,12 @@ class ChannelGraph:
     def _check_current(self) -> None:
         if self._compacted is not None:
             raise ArgumentError("graph: describes the network before it was compacted; go on with `graph.smaller()`")
+        for slot, shape in zip(self.slots, self.recording.shapes, strict=False):
+            now = tuple(slot.tensor.shape)
+            if now != shape:  # cut by way of another graph: the positions of this one are other channels by now
+                raise ArgumentError(
+                    f"graph: '{slot.name}' had shape {shape} when the model was traced, now {now}; trace it again"
+                )
 
     def smaller(self) -> ChannelGraph:
         """The graph of the network that `compact` has left, without another trace: to prune again.

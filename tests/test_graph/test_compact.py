@@ -257,6 +257,31 @@ def test_grouped_average_runs():
     assert torch.equal(average(x), model(x))
 
 
+def test_average_that_is_the_model():
+    model = randomise(Plain())
+    graph = trace(model, torch.randn(2, 1, 8, 8))
+    before = Frozen(model)
+    with pytest.raises(ArgumentError, match="ema: is the model itself"):
+        graph.compact(random_keep(graph), ema=model)
+    before.assert_same()
+
+
+def test_graph_of_a_network_that_was_cut_by_another():
+    model = randomise(Plain())
+    first, second = (trace(model, torch.randn(2, 1, 8, 8)) for _ in range(2))
+    # Positions that the cut network has, too, though they are other channels by now.
+    keep = second.all_kept()
+    for group in second.prunable:
+        keep[group.classes.start + 2 : group.classes.stop] = False
+    first.compact(random_keep(first))
+    before = Frozen(model)
+    with pytest.raises(ArgumentError, match=r"'conv1.weight' had shape \(24, 1, 3, 3\).*trace it again"):
+        second.compact(keep)
+    with pytest.raises(ArgumentError, match="trace it again"), second.masked(keep):
+        pass
+    before.assert_same()
+
+
 @pytest.mark.parametrize("kind", ["missing", "other-shape"])
 def test_average_that_does_not_fit(kind):
     model = randomise(Plain())
