@@ -19,7 +19,7 @@ from .errors import ArgumentError, CompactionError
 from .graph import ChannelGraph, trace
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
-from .graph._undisturbed import attributes_restored
+from .graph._undisturbed import attributes_restored, uncompiled
 from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
@@ -89,7 +89,7 @@ def prune(
     phases = Phases(progress, steps if method == "stamp" else 0)
     before = Snapshot(network, optimizer, copy_values=True)
     try:
-        with phases, torch.random.fork_rng(enabled=seed is not None):
+        with phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             with phases("trace"), in_mode(network, training=False):

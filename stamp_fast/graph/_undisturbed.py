@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from operator import is_
 from typing import Any
@@ -85,6 +86,18 @@ def attributes_restored(model: nn.Module, modules: dict[str, nn.Module] | None =
 
 
 @contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what torch.compile has wrapped runs as it was written: compiled code shows no operators, and every other
+    width, and the recorder itself, would be compiled anew.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
 def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[Caches]:
     """A forward in here leaves no mark: not on modules, RNG or switches. See `attributes_restored`."""
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -96,6 +109,7 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
         with (
             attributes_restored(model, modules) as caches,
             torch.no_grad(),
+            uncompiled(),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             torch.autocast(_autocast_device(model), enabled=False),
         ):
