@@ -311,6 +311,17 @@ def test_convolutions_tied_straight_and_transposed():
     assert model.again.out_channels == model.down.out_channels == len(model.down.bias) < 14
 
 
+def test_parameters_that_share_memory_but_are_no_one_object_stay():
+    model = nn.Sequential(*(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()))
+    model.extend([nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)])
+    model = randomise(model)
+    model[4].weight.data = model[2].weight.data
+    graph = cut_and_compare(model, torch.randn(8, 3), 1e-5)
+    assert names(graph) == {"6"}
+    assert {g.name for g in graph.frozen if "shares memory" in g.reason} == {"2", "4"}
+    assert model[4].weight.data_ptr() == model[2].weight.data_ptr()
+
+
 class Nested(nn.Module):
     """Lists and dicts of modules and parameters, a shared module, per-channel buffers of both kinds."""
 
