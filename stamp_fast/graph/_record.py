@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from collections.abc import Mapping, Set, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,9 +87,9 @@ def _output_tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
         return [value]
     if depth > 8:
         return []
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         items = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
+    elif isinstance(value, (list, tuple, Set, ValuesView, deque)):
         items = list(value)
     else:
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]

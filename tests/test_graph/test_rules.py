@@ -1,9 +1,11 @@
 """One small network per operator rule: what is prunable, and that compacted equals masked."""
 
 import copy
+from collections import UserDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -1017,6 +1019,21 @@ def test_outputs_in_containers_are_never_cut():
     graph = trace(Net(forward, two()), torch.randn(IMAGE))
     assert [g.name for g in graph.prunable] == ["b"]
     assert {g.name for g in graph.frozen} == {"a", "head"}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [deque, frozenset, MappingProxyType, UserDict, dict.values],
+    ids=["deque", "frozenset", "mappingproxy", "userdict", "values"],
+)
+def test_outputs_in_unusual_containers_are_never_cut(wrap):
+    def forward(m: Net, x: Tensor):
+        y = torch.relu(m.a(x))
+        z = m.head(torch.relu(m.b(y)).mean((2, 3)))
+        return wrap((y, z) if wrap in (deque, frozenset) else {"y": y, "z": z})
+
+    graph = trace(Net(forward, two()), torch.randn(IMAGE))
+    assert [g.name for g in graph.prunable] == ["b"]
 
 
 def test_unused_parameter_stays():
