@@ -215,6 +215,8 @@ class ChannelGraph:
     def protect(self, names: Iterable[str], reason: str = "kept on request") -> None:
         """Keeps every group that touches a parameter of the named modules.
 
+        "layer#2", as one of several groups of a layer is called, means that layer.
+
         Raises:
             ArgumentError: no list of names, or a name is neither a module nor a parameter of the model.
         """
@@ -461,7 +463,10 @@ def _places(modules: dict[str, nn.Module], name: str) -> set:
     owner, _, key = str(name).rpartition(".")
     module = modules.get(owner)
     tensors = {} if module is None else module._parameters | module._buffers
-    return set() if tensors.get(key) is None else {(module, key)}
+    if tensors.get(key) is not None:
+        return {(module, key)}
+    layer, is_numbered, _ = str(name).rpartition("#")  # `_make_unique`
+    return _places(modules, layer) if is_numbered else set()
 
 
 def _layer(parameter: str) -> str:

@@ -673,6 +673,24 @@ def test_keep_that_cannot_be():
     before.assert_same()
 
 
+def test_keep_by_the_name_of_a_group():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.half = nn.Linear(6, 12), nn.Linear(12, 3), 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            return self.head(torch.cat([h[:, : self.half].relu(), h[:, self.half :].tanh()], 1))
+
+    graph = trace(Halves(), torch.randn(2, 6))
+    assert [g.name for g in graph.prunable] == ["stem#1", "stem#2"]
+    graph.protect(["stem#1"])  # what an error or a report calls it
+    assert not graph.prunable
+    with pytest.raises(ArgumentError, match="named 'root#1'"):
+        graph.protect(["root#1"])
+
+
 @pytest.mark.parametrize("name", ["other", "other.weight", "again", "again.weight"])
 def test_keep_by_any_name_of_a_shared_weight(name):
     model = Tied()
