@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 
 _TABLES = frozenset(("_parameters", "_buffers", "_modules"))
 # Every module has these, and most are empty tables of hooks.
@@ -103,6 +104,8 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    validates = Distribution._validate_args  # it looks at values, which a trace does not have
+    Distribution.set_default_validate_args(False)
     torch.backends.mha.set_fastpath_enabled(False)
     torch.use_deterministic_algorithms(False)  # it makes other operators of some, on some devices
     try:
@@ -115,6 +118,7 @@ def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -
         ):
             yield caches
     finally:
+        Distribution.set_default_validate_args(validates)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_rng_state(rng)
