@@ -40,6 +40,11 @@ def slot_tensors(model: nn.Module, modules: dict[str, nn.Module] | None = None) 
     return parameters | buffers
 
 
+def batch_size(inputs: Any) -> int | None:
+    """The first dim of the first tensor; tensors whose first dim is of another size go with every batch."""
+    return next((v.shape[0] for v in tree_leaves(inputs) if isinstance(v, torch.Tensor) and v.dim()), None)
+
+
 def batch_of_two(example: Any) -> Any:
     """The example on the meta device, its batch brought to 2: 1 would hide a batch that absorbs channels.
 
@@ -48,7 +53,7 @@ def batch_of_two(example: Any) -> Any:
     """
     if _image_list(example) is not None:
         return _two_of_each(example)
-    batch = next((v.shape[0] for v in tree_leaves(example) if isinstance(v, torch.Tensor) and v.dim()), None)
+    batch = batch_size(example)
 
     def convert(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
