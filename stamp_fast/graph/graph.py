@@ -426,9 +426,18 @@ class ChannelGraph:
         Args:
             keep: bool, [num_classes], or the plan made of it (to use it for many steps).
             scale: float, [num_classes]: each class's factor z on the weights that read it (DESIGN 3.3); differentiable.
+
+        Raises:
+            ArgumentError: a mask that cannot be, a plan of another graph, a scale of another size, or the network has
+                been cut since it was traced.
         """
         self._check_current()
         plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
+        if plan.graph is not self:
+            raise ArgumentError("keep: is the plan of another graph; make it of this one, with graph.plan(keep)")
+        if scale is not None and (not isinstance(scale, torch.Tensor) or scale.shape != (self.num_classes,)):
+            what = tuple(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
+            raise ArgumentError(f"scale: expected a tensor of shape ({self.num_classes},), got {what}")
         with plan.virtual(scale), emptied(self.recording.caches):
             yield self.model
 

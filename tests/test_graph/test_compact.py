@@ -700,6 +700,18 @@ def test_keep_by_any_name_of_a_shared_weight(name):
     assert graph.protected and {g.name: g.reason for g in graph.groups} == {"encode": "kept on request"}
 
 
+def test_what_masked_cannot_take():
+    graph, other = (trace(Residual(), torch.randn(2, 1, 8, 8)) for _ in range(2))
+    keep = graph.all_kept()
+    before = Frozen(graph.model)
+    for bad in (torch.ones(3), torch.ones(graph.num_classes + 1), torch.ones(graph.num_classes, 2), [1.0], "all"):
+        with pytest.raises(ArgumentError, match=f"scale: expected a tensor of shape .{graph.num_classes},"):
+            graph.masked(keep, bad).__enter__()
+    with pytest.raises(ArgumentError, match="plan of another graph"):
+        graph.masked(other.plan(keep)).__enter__()
+    before.assert_same()
+
+
 def test_masked_gradients_land_in_the_dense_parameters_at_live_positions():
     model = randomise(Residual()).double().eval()
     x, y = batch(torch.float64)
