@@ -527,6 +527,13 @@ def unwrapped(model: Any) -> nn.Module:
             raise ModelError(
                 f"model: {what} wrapped in {type(module).__name__}; prune `model.module`, then wrap it again"
             )
+        for key, tensor in module._parameters.items():
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                # A cut would go with what stands in for the parameter, and leave its marks on the module.
+                raise ModelError(
+                    f"model: another tensor stands for the parameter '{name + '.' if name else ''}{key}' for a while; "
+                    "leave `graph.masked` or `functional_call` first"
+                )
     for name, parameter in _record.slot_tensors(model).items():
         if is_traceable_wrapper_subclass(parameter.data):
             raise ModelError(

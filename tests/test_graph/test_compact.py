@@ -12,7 +12,8 @@ from reference.state import Frozen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stamp_fast import ArgumentError, CompactionError, trace
+import stamp_fast
+from stamp_fast import ArgumentError, CompactionError, ModelError, trace
 from stamp_fast.graph import _compact, _plan, _replay, _snapshot
 
 OPTIMIZERS = {
@@ -709,6 +710,18 @@ def test_what_masked_cannot_take():
             graph.masked(keep, bad).__enter__()
     with pytest.raises(ArgumentError, match="plan of another graph"):
         graph.masked(other.plan(keep)).__enter__()
+    before.assert_same()
+
+
+def test_nothing_is_cut_while_masked():
+    model = randomise(Residual())
+    x = torch.randn(4, 1, 8, 8)
+    graph = trace(model, x)
+    before = Frozen(model)
+    with graph.masked(random_keep(graph)):
+        for use in (lambda: stamp_fast.prune(model, [(x, torch.arange(4))]), lambda: trace(model, x)):
+            with pytest.raises(ModelError, match="stands for the parameter 'stem.0.weight'.*leave `graph.masked`"):
+                use()
     before.assert_same()
 
 
