@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ._phases import in_mode
 from .errors import ArgumentError, LoaderError, StampFastError
+from .graph._record import batch_size
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -202,9 +203,13 @@ def _describe(value: Any) -> str:
 
 
 def some_examples(inputs: Any, count: int) -> Any:
-    """The first `count` examples of a batch of inputs: a list of images, or tensors with the batch first."""
+    """The first `count` examples of a batch of inputs: a list of images, or tensors with the batch first.
+
+    Tensors without the batch stay whole.
+    """
     arguments = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else ()
     if any(isinstance(a, list) and _is_image_list(a) for a in arguments):
         cut = [a[:count] if isinstance(a, list) else a for a in arguments]
         return dict(zip(inputs, cut, strict=True)) if isinstance(inputs, dict) else type(inputs)(cut)
-    return tree_map(lambda v: v[:count] if isinstance(v, torch.Tensor) and v.dim() else v, inputs)
+    batch = batch_size(inputs)
+    return tree_map(lambda v: v[:count] if isinstance(v, torch.Tensor) and v.shape[:1] == (batch,) else v, inputs)

@@ -15,15 +15,15 @@ from ._phases import Phases, in_mode
 from .budget import Budget
 from .checks import check_arguments, check_model, check_prunable
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
-from .errors import ArgumentError, CompactionError
+from .errors import ArgumentError, CompactionError, LoaderError
 from .graph import ChannelGraph, trace
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
-from .graph._undisturbed import attributes_restored
+from .graph._undisturbed import attributes_restored, uncompiled
 from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
-from .report import GroupVerdict, PruneReport, compare_steps, verdicts
+from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
 from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
@@ -89,7 +89,7 @@ def prune(
     phases = Phases(progress, steps if method == "stamp" else 0)
     before = Snapshot(network, optimizer, copy_values=True)
     try:
-        with phases, torch.random.fork_rng(enabled=seed is not None):
+        with phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             with phases("trace"), in_mode(network, training=False):
@@ -109,7 +109,7 @@ def prune(
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
-                costs = compare_steps([dense, _copy(network)], batches.first, loss_fn) if dense is not None else None
+                costs = _measured(dense, network, batches.first, loss_fn)
     except BaseException:
         before.restore()
         raise
@@ -162,6 +162,20 @@ def _select_and_cut(
                 if not verified.compare(dense):
                     graph.compact(kept, optimizer=optimizer)
         return kept, verified
+
+
+def _measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn) -> list[StepCost] | None:
+    if dense is None:
+        return None
+    try:
+        return compare_steps([dense, _copy(network)], batch, loss_fn)
+    except LoaderError as error:
+        compare_steps([dense], batch, loss_fn, seconds=0)  # raises where the batch is at fault
+        raise CompactionError(
+            f"prune: the smaller network cannot take a training step, which the dense one can: {error.__cause__}. What "
+            "the forward does in training mode alone is not traced; a size may be fixed there. The model is unchanged; "
+            "add the layer of that width to keep=."
+        ) from error
 
 
 def _copy(model: nn.Module) -> nn.Module | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import CheckpointError
+from .errors import ArgumentError, CheckpointError
 from .graph import _history
 from .graph._snapshot import Snapshot, replace_data
 from .graph.graph import unwrapped
@@ -174,9 +174,12 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
         The same object.
 
     Raises:
+        ArgumentError: no model, or no plan.
         CheckpointError: another architecture, or pruned already; names the first difference, nothing has changed.
     """
     network = original(model)
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(f"plan: expected one from plan_of or load_plan, got {type(plan).__name__}")
     plan.check_fits(network)
     kept_of: dict[int, tuple] = {}
     new = []

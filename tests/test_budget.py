@@ -305,6 +305,15 @@ def test_scores_that_cannot_be_ranked():
     for bad in (0, -4, 2.5, True):
         with pytest.raises(ArgumentError, match="round_to"):
             graph.select(scores, Budget(macs=0.5), round_to=bad)
+    for bad in (-0.1, 2.0, float("nan"), "all", True):
+        with pytest.raises(ArgumentError, match="floor must be a fraction"):
+            graph.select(scores, Budget(macs=0.5), floor=bad)
+    for bad in (None, "scores", object()):
+        with pytest.raises(ArgumentError, match="scores: expected a float tensor"):
+            graph.select(bad, Budget(macs=0.5))
+    for bad in (0.5, None, {"macs": 0.5}):
+        with pytest.raises(ArgumentError, match="expected a Budget, e.g."):
+            graph.select(scores, bad)
     scores[graph.groups[1].classes.start] = float("nan")
     with pytest.raises(ArgumentError, match=f"NaN in group '{graph.groups[1].name}'"):
         graph.select(scores, Budget(macs=0.5))

@@ -159,10 +159,18 @@ def test_check_forward_names_the_batch():
 
 
 def test_some_examples():
-    x = {"a": torch.arange(5), "b": (torch.tensor(3.0), torch.zeros(9, 2)), "c": "text"}
+    x = {"a": torch.arange(5), "b": (torch.tensor(3.0), torch.zeros(5, 2)), "c": "text"}
     first = some_examples(x, 3)
     assert first["a"].tolist() == [0, 1, 2] and first["b"][1].shape == (3, 2)
     assert first["b"][0].item() == 3 and first["c"] == "text"
+
+
+def test_some_examples_leave_inputs_without_a_batch_whole():
+    x, grid = torch.arange(12).view(6, 2), torch.arange(10)
+    first, whole = some_examples((x, grid), 3)
+    assert first.equal(x[:3]) and whole is grid
+    grid, first = some_examples({"grid": grid, "x": x}, 3).values()
+    assert grid.shape == (3,) and first is x, "the first tensor says what the batch is, as in a trace"
 
 
 def test_some_images_of_a_list():

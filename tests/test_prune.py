@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import stamp_fast
-from stamp_fast import ArgumentError, Budget, BudgetError, LoaderError, ModelError, StampFastError, TraceError
+from stamp_fast import (
+    ArgumentError,
+    Budget,
+    BudgetError,
+    CompactionError,
+    LoaderError,
+    ModelError,
+    StampFastError,
+    TraceError,
+)
 from stamp_fast.methods import METHODS
 from stamp_fast.report import GroupVerdict, PruneReport
 
@@ -497,6 +506,47 @@ def test_failure_in_any_phase_changes_nothing(monkeypatch, phase, method, model,
     before.assert_same(rng=False)
     monkeypatch.setattr(road, phase, original)
     stamp_fast.prune(model, loader, method=method, steps=3, optimizer=optimizer, progress=False)
+
+
+def test_size_fixed_in_training_mode_alone_is_not_blamed_on_the_loader(loader):
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last, self.head = nn.Conv2d(1, 24, 3), nn.Conv2d(24, 16, 3), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.conv(x))
+            h = h * torch.rand(24, 1, 1) if self.training else h
+            return self.head(torch.relu(self.last(h)).mean((2, 3)))
+
+    model = Noisy()
+    before = Frozen(model)
+    with pytest.raises(CompactionError, match=r"training step, which the dense one can: .*\(24\).*keep="):
+        stamp_fast.prune(model, loader, method="magnitude", progress=False)
+    before.assert_same(rng=False)
+    stamp_fast.prune(model, loader, method="magnitude", keep=["conv"], progress=False)
+    assert model.conv.out_channels == 24 and model.last.out_channels < 16
+
+
+def test_failure_puts_back_a_buffer_that_the_forward_replaces(digits):
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.Linear(24, 10)
+            self.register_buffer("mean", torch.zeros(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x))
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean((0, 2, 3))
+            return self.head(torch.relu(h - self.mean[:, None, None]).mean((2, 3)))
+
+    model = Centred()
+    good = next(iter(DataLoader(digits, 32)))
+    model(good[0])
+    before = Frozen(model)
+    with pytest.raises(LoaderError, match="targets"):  # as late as its statistics are taken anew
+        stamp_fast.prune(model, [good, (good[0], good[1] + 90)], method="magnitude", progress=False)
+    before.assert_same()
 
 
 def test_other_batches_than_the_first_are_moved_and_read(model):

@@ -11,7 +11,7 @@ from reference.state import Frozen
 from torch import nn
 
 import stamp_fast
-from stamp_fast import CheckpointError, PruningPlan, checkpoint, pruning_plan, trace
+from stamp_fast import ArgumentError, CheckpointError, PruningPlan, checkpoint, pruning_plan, trace
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -82,6 +82,15 @@ def test_other_networks_are_refused(make, message, tmp_path):
             refused(other)
         assert message in str(error.value)
         before.assert_same()
+
+
+def test_what_is_no_plan():
+    model = Plain()
+    before = Frozen(model)
+    for bad in (None, "plan.safetensors", model):
+        with pytest.raises(ArgumentError, match="plan: expected one from plan_of or load_plan"):
+            stamp_fast.apply_plan(model, bad)
+    before.assert_same()
 
 
 def test_plan_that_cuts_tied_weights_differently():

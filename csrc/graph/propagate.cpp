@@ -87,7 +87,7 @@ Propagator::Propagator(const Record& record) : record_(record) {
 void Propagator::run() {
   survey_split_sites();
   for (const int32_t slot : record_.pinned)
-    for (const Axis& axis : slot_labels_[slot]) freeze(axis, "shares memory with a tensor outside the parameters");
+    for (const Axis& axis : slot_labels_[slot]) freeze(axis, "shares memory with another tensor");
   for (int32_t slot = 0; slot < record_.num_slots; ++slot)
     if (use_count_[slot] == 0)
       for (const Axis& axis : slot_labels_[slot]) freeze(axis, "unused in this forward");

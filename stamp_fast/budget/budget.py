@@ -68,10 +68,12 @@ class Budget:
             bool, [graph.num_classes]. The tightest fraction is met within 2 percent of the ask.
 
         Raises:
-            ArgumentError: scores of another size or with NaN, unknown ranking, round_to below 1.
+            ArgumentError: scores of another size or with NaN, unknown ranking, round_to below 1, floor no fraction.
             BudgetError: out of reach; says what can be reached and which groups stand in the way.
         """
         scores = _checked_scores(graph, scores, ranking, round_to)
+        if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
+            raise ArgumentError(f"select: floor must be a fraction in [0, 1], got {floor!r}")
         units = _removal_units(graph, scores, ranking, round_to or 1, floor)
         keep = _first_that_fits(self, graph, units)
         if keep is None and floor > 0:
@@ -184,7 +186,10 @@ def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, rou
     if ranking not in ("global", "local"):
         raise ArgumentError(f"select: ranking must be 'global' or 'local', got {ranking!r}")
     check_round_to(round_to)
-    scores = torch.as_tensor(scores).detach().double().cpu()
+    try:
+        scores = torch.as_tensor(scores).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"scores: expected a float tensor, [num_classes], got {type(scores).__name__}") from None
     if scores.shape != (graph.num_classes,):
         raise ArgumentError(f"scores: expected shape ({graph.num_classes},), got {tuple(scores.shape)}")
     if bool(scores.isnan().any()):

@@ -87,11 +87,14 @@ def _matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Ten
     """The average's parameters and buffers by the model's names.
 
     Raises:
-        ArgumentError: not a module, a name is missing, or a shape differs.
+        ArgumentError: not a module, the model itself, a name is missing, or a shape differs.
     """
     if ema is None:
         return None
-    named = slot_tensors(_inner(graph, ema))
+    inner = _inner(graph, ema)
+    if inner is graph.model:
+        raise ArgumentError("ema: is the model itself; give a copy of it, or leave it out")
+    named = slot_tensors(inner)
     for slot in graph.slots:
         if slot.name not in named:
             raise ArgumentError(f"ema: has no parameter or buffer named '{slot.name}'")

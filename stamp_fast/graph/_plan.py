@@ -234,7 +234,7 @@ _KNOWN = {
     _NormBase: ("num_features",),
     nn.GroupNorm: ("num_channels", "num_groups"),
     nn.LayerNorm: ("normalized_shape",),
-    nn.RNNBase: ("input_size", "hidden_size"),
+    nn.RNNBase: ("input_size", "hidden_size", "proj_size"),
     nn.PReLU: ("num_parameters",),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
 }
@@ -263,6 +263,8 @@ def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], ne
         return {"normalized_shape": tuple(weight)}
     if isinstance(module, nn.RNNBase):
         inputs, hidden = new_shape[id(module), "weight_ih_l0"], new_shape[id(module), "weight_hh_l0"]
+        if module.proj_size:
+            return {"input_size": inputs[1], "hidden_size": hidden[0] // 4, "proj_size": hidden[1]}
         return {"input_size": inputs[1], "hidden_size": hidden[1]}
     if isinstance(module, nn.PReLU) and weight is not None:
         return {"num_parameters": weight[0]}

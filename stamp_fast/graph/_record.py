@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from collections.abc import Mapping, Set, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
@@ -37,6 +40,11 @@ def slot_tensors(model: nn.Module, modules: dict[str, nn.Module] | None = None) 
     return parameters | buffers
 
 
+def batch_size(inputs: Any) -> int | None:
+    """The first dim of the first tensor; tensors whose first dim is of another size go with every batch."""
+    return next((v.shape[0] for v in tree_leaves(inputs) if isinstance(v, torch.Tensor) and v.dim()), None)
+
+
 def batch_of_two(example: Any) -> Any:
     """The example on the meta device, its batch brought to 2: 1 would hide a batch that absorbs channels.
 
@@ -45,7 +53,7 @@ def batch_of_two(example: Any) -> Any:
     """
     if _image_list(example) is not None:
         return _two_of_each(example)
-    batch = next((v.shape[0] for v in tree_leaves(example) if isinstance(v, torch.Tensor) and v.dim()), None)
+    batch = batch_size(example)
 
     def convert(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -84,9 +92,9 @@ def _output_tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
         return [value]
     if depth > 8:
         return []
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         items = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
+    elif isinstance(value, (list, tuple, Set, ValuesView, deque)):
         items = list(value)
     else:
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
@@ -146,6 +154,8 @@ def _record_forward(
     with undisturbed(model, modules) as caches:
         for module in modules.values():
             module.__dict__["training"] = training
+            if training and isinstance(module, _NormBase) and module.momentum is None:
+                module.__dict__["momentum"] = 0.1  # it would ask a buffer without values for its count of batches
         recorder = Recorder(recording, tensors, watch)
         for module in modules.values():
             if isinstance(module, nn.RNNBase):

@@ -89,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, tuple[Ref, torch.Tensor]] = {}  # id -> index and the meta tensor that stands for it
         self._constants: dict[int, int] = {}  # id -> index of real tensors that no parameter or input went into
         self._storages: dict[int, int] = {}
+        first: dict[tuple[int, int], int] = {}
         for position, tensor in enumerate(tensors.values()):
             if tensor.is_meta:  # in a replay
                 self._known[id(tensor)] = Ref(position), tensor
@@ -96,7 +97,16 @@ class Recorder(TorchDispatchMode):
                 continue
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
             self._adopt(tensor, twin, position)
+            if tensor.is_meta:  # in a replay
+                self._known[id(tensor)] = Ref(position), tensor
+                self.made.append(tensor)
+                continue
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
+            self._adopt(tensor, twin, position)
             self._storages[tensor.untyped_storage().data_ptr()] = position
+            other = first.setdefault((tensor.data_ptr(), tensor.numel()), position) if tensor.numel() else position
+            if other != position:  # two objects with one memory (`a.data = b.data`): a cut would part them
+                self.recording.pinned += [other, position]
 
     def _adopt(self, tensor: torch.Tensor, twin: torch.Tensor, position: int) -> None:
         entry = Ref(position), twin

@@ -24,6 +24,8 @@ class Snapshot:
     ) -> None:
         modules = list(model.modules()) + (list(ema.modules()) if ema is not None else [])
         self.attributes = [(module, dict(module.__dict__)) for module in modules]
+        # A forward may put another tensor in the place of a buffer.
+        self.tables = [(table, dict(table)) for m in modules for table in (m._parameters, m._buffers)]
         tensors = {}
         for module in modules:
             for table in (module._parameters, module._buffers):
@@ -43,6 +45,9 @@ class Snapshot:
             for name in module.__dict__.keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
+        for table, saved in self.tables:
+            table.clear()
+            table.update(saved)
         for tensor, data, values, grad in self.tensors:
             if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
                 tensor.grad = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 
 _TABLES = frozenset(("_parameters", "_buffers", "_modules"))
 # Every module has these, and most are empty tables of hooks.
@@ -85,22 +87,38 @@ def attributes_restored(model: nn.Module, modules: dict[str, nn.Module] | None =
 
 
 @contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what torch.compile has wrapped runs as it was written: compiled code shows no operators, and every other
+    width, and the recorder itself, would be compiled anew.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
 def undisturbed(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[Caches]:
     """A forward in here leaves no mark: not on modules, RNG or switches. See `attributes_restored`."""
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     rng = torch.get_rng_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    validates = Distribution._validate_args  # it looks at values, which a trace does not have
+    Distribution.set_default_validate_args(False)
     torch.backends.mha.set_fastpath_enabled(False)
     torch.use_deterministic_algorithms(False)  # it makes other operators of some, on some devices
     try:
         with (
             attributes_restored(model, modules) as caches,
             torch.no_grad(),
+            uncompiled(),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             torch.autocast(_autocast_device(model), enabled=False),
         ):
             yield caches
     finally:
+        Distribution.set_default_validate_args(validates)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_rng_state(rng)

@@ -217,16 +217,22 @@ class ChannelGraph:
     def protect(self, names: Iterable[str], reason: str = "kept on request") -> None:
         """Keeps every group that touches a parameter of the named modules.
 
+        "layer#2", as one of several groups of a layer is called, means that layer.
+
         Raises:
-            ArgumentError: a name is neither a module nor a parameter of the model.
+            ArgumentError: no list of names, or a name is neither a module nor a parameter of the model.
         """
-        known = set(self.recording.slots) | {name for name, _ in self.model.named_modules()}
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ArgumentError(f"keep: expected a list of module or parameter names, got {names!r}")
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in names:
-            if name not in known or not name:
+            places = _places(modules, name)
+            if not places:
                 raise ArgumentError(f"keep: the model has no module or parameter named '{name}'")
             self.protected[name] = reason
             for i, slot in enumerate(self.slots):
-                if slot.name == name or slot.name.startswith(name + "."):
+                # By any of its names: a tied weight has one for each layer that uses it.
+                if any(module in places or (module, key) in places for module, key in slot.owners):
                     for dim, axis in enumerate(slot.axes):
                         self._kept.append((i, dim, slice(None), reason))
                         self._protect_classes(axis, reason)
@@ -259,6 +265,8 @@ class ChannelGraph:
 
     def select(self, scores: torch.Tensor, budget: Budget, **options: Any) -> torch.Tensor:
         """The keep mask that meets `budget` with the highest-scored classes; see `Budget.select`."""
+        if not hasattr(budget, "select"):
+            raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
         return budget.select(self, scores, **options)
 
     def _bytes(self, keep: torch.Tensor | None) -> Any:
@@ -269,9 +277,11 @@ class ChannelGraph:
         """`keep` as a bool tensor on the CPU.
 
         Raises:
-            ArgumentError: wrong size, a group without a channel left, or a protected group cut.
+            ArgumentError: not a mask, wrong size, a group without a channel left, or a protected group cut.
         """
-        keep = torch.as_tensor(keep).detach().cpu().bool().contiguous()
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
+            keep = _as_mask(keep)
+        keep = keep.detach().cpu().contiguous()
         if keep.shape != (self.num_classes,):
             raise ArgumentError(f"keep: expected shape ({self.num_classes},), got {tuple(keep.shape)}")
         counts = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])[self._ends].diff().tolist()
@@ -359,7 +369,8 @@ class ChannelGraph:
 
         Raises:
             CompactionError: the replay of the smaller network differs from the prediction; nothing has changed.
-            ArgumentError: state that cannot be cut, or the graph was compacted before; nothing has changed.
+            ArgumentError: state that cannot be cut, or the network has been cut since it was traced; nothing has
+                changed.
         """
         self._check_current()
         plan = self.plan(keep)
@@ -371,6 +382,12 @@ class ChannelGraph:
     def _check_current(self) -> None:
         if self._compacted is not None:
             raise ArgumentError("graph: describes the network before it was compacted; go on with `graph.smaller()`")
+        for slot, shape in zip(self.slots, self.recording.shapes, strict=False):
+            now = tuple(slot.tensor.shape)
+            if now != shape:  # cut by way of another graph: the positions of this one are other channels by now
+                raise ArgumentError(
+                    f"graph: '{slot.name}' had shape {shape} when the model was traced, now {now}; trace it again"
+                )
 
     def smaller(self) -> ChannelGraph:
         """The graph of the network that `compact` has left, without another trace: to prune again.
@@ -412,11 +429,31 @@ class ChannelGraph:
         Args:
             keep: bool, [num_classes], or the plan made of it (to use it for many steps).
             scale: float, [num_classes]: each class's factor z on the weights that read it (DESIGN 3.3); differentiable.
+
+        Raises:
+            ArgumentError: a mask that cannot be, a plan of another graph, a scale of another size, or the network has
+                been cut since it was traced.
         """
         self._check_current()
         plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
+        if plan.graph is not self:
+            raise ArgumentError("keep: is the plan of another graph; make it of this one, with graph.plan(keep)")
+        if scale is not None and (not isinstance(scale, torch.Tensor) or scale.shape != (self.num_classes,)):
+            what = tuple(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
+            raise ArgumentError(f"scale: expected a tensor of shape ({self.num_classes},), got {what}")
         with plan.virtual(scale), emptied(self.recording.caches):
             yield self.model
+
+
+def _as_mask(keep: Any) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(keep)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"keep: expected a bool tensor, [num_classes], got {type(keep).__name__}") from None
+    # Scores given in the place of a choice would all count as "stays".
+    if not bool(((values == 0) | (values == 1)).all()):
+        raise ArgumentError("keep: expected a bool tensor, [num_classes], got other numbers; scores go to graph.select")
+    return values.bool()
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -427,6 +464,21 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
                 if tensor is not None:
                     owners.setdefault(id(tensor), []).append((module, key))
     return owners
+
+
+def _places(modules: dict[str, nn.Module], name: str) -> set:
+    """The modules within the module of that name, or (module, key) of the parameter or buffer; empty for neither."""
+    if not name:
+        return set()
+    if name in modules:
+        return set(modules[name].modules())
+    owner, _, key = str(name).rpartition(".")
+    module = modules.get(owner)
+    tensors = {} if module is None else module._parameters | module._buffers
+    if tensors.get(key) is not None:
+        return {(module, key)}
+    layer, is_numbered, _ = str(name).rpartition("#")  # `_make_unique`
+    return _places(modules, layer) if is_numbered else set()
 
 
 def _layer(parameter: str) -> str:
@@ -469,14 +521,22 @@ def unwrapped(model: Any) -> nn.Module:
     original = getattr(model, "_orig_mod", None)
     if isinstance(original, nn.Module):
         return original
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("model: a ScriptModule cannot be pruned; prune the original module and script it again")
     for name, module in named_modules(model).items():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"'{name}' is a ScriptModule, which" if name else "a ScriptModule"
+            raise ModelError(f"model: {what} cannot be pruned; prune the original module and script it again")
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             what = f"'{name}' is" if name else "is"
             raise ModelError(
                 f"model: {what} wrapped in {type(module).__name__}; prune `model.module`, then wrap it again"
             )
+        for key, tensor in module._parameters.items():
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                # A cut would go with what stands in for the parameter, and leave its marks on the module.
+                raise ModelError(
+                    f"model: another tensor stands for the parameter '{name + '.' if name else ''}{key}' for a while; "
+                    "leave `graph.masked` or `functional_call` first"
+                )
     for name, parameter in _record.slot_tensors(model).items():
         if is_traceable_wrapper_subclass(parameter.data):
             raise ModelError(

@@ -311,6 +311,17 @@ def test_convolutions_tied_straight_and_transposed():
     assert model.again.out_channels == model.down.out_channels == len(model.down.bias) < 14
 
 
+def test_parameters_that_share_memory_but_are_no_one_object_stay():
+    model = nn.Sequential(*(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()))
+    model.extend([nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)])
+    model = randomise(model)
+    model[4].weight.data = model[2].weight.data
+    graph = cut_and_compare(model, torch.randn(8, 3), 1e-5)
+    assert names(graph) == {"6"}
+    assert {g.name for g in graph.frozen if "shares memory" in g.reason} == {"2", "4"}
+    assert model[4].weight.data_ptr() == model[2].weight.data_ptr()
+
+
 class Nested(nn.Module):
     """Lists and dicts of modules and parameters, a shared module, per-channel buffers of both kinds."""
 
@@ -380,6 +391,23 @@ def test_other_batch_norms(norm):
     if norm == "sync":
         assert isinstance(model.bn1, nn.SyncBatchNorm)
         assert model.bn1.num_features == model.conv1.out_channels
+
+
+def test_cumulative_statistics_beside_a_head_for_training_alone():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, momentum=None)
+            self.head, self.extra = nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.norm(self.stem(x))).mean((2, 3))
+            return self.head(h) + self.extra(h) if self.training else self.head(h)
+
+    model = randomise(Auxiliary()).double()
+    cut_and_compare(model, images(dtype=torch.float64))
+    assert model.norm.momentum is None
+    assert model.norm.num_features == model.extra.in_features == model.head.in_features < 16
 
 
 def test_frozen_parameters_stay_frozen():

@@ -12,7 +12,8 @@ from reference.state import Frozen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stamp_fast import ArgumentError, CompactionError, trace
+import stamp_fast
+from stamp_fast import ArgumentError, CompactionError, ModelError, trace
 from stamp_fast.graph import _compact, _plan, _replay, _snapshot
 
 OPTIMIZERS = {
@@ -255,6 +256,31 @@ def test_grouped_average_runs():
     x = torch.randn(2, 1, 8, 8)
     assert model[1].groups < 8
     assert torch.equal(average(x), model(x))
+
+
+def test_average_that_is_the_model():
+    model = randomise(Plain())
+    graph = trace(model, torch.randn(2, 1, 8, 8))
+    before = Frozen(model)
+    with pytest.raises(ArgumentError, match="ema: is the model itself"):
+        graph.compact(random_keep(graph), ema=model)
+    before.assert_same()
+
+
+def test_graph_of_a_network_that_was_cut_by_another():
+    model = randomise(Plain())
+    first, second = (trace(model, torch.randn(2, 1, 8, 8)) for _ in range(2))
+    # Positions that the cut network has, too, though they are other channels by now.
+    keep = second.all_kept()
+    for group in second.prunable:
+        keep[group.classes.start + 2 : group.classes.stop] = False
+    first.compact(random_keep(first))
+    before = Frozen(model)
+    with pytest.raises(ArgumentError, match=r"'conv1.weight' had shape \(24, 1, 3, 3\).*trace it again"):
+        second.compact(keep)
+    with pytest.raises(ArgumentError, match="trace it again"), second.masked(keep):
+        pass
+    before.assert_same()
 
 
 @pytest.mark.parametrize("kind", ["missing", "other-shape"])
@@ -625,6 +651,12 @@ def test_keep_that_cannot_be():
     before = Frozen(model)
     with pytest.raises(ArgumentError, match="expected shape"):
         graph.compact(torch.ones(3))
+    for bad in (None, "all", object(), [None]):
+        with pytest.raises(ArgumentError, match="keep: expected a bool tensor"):
+            graph.compact(bad)
+    with pytest.raises(ArgumentError, match="got other numbers; scores go to graph.select"):
+        graph.compact(torch.linspace(0.1, 0.9, graph.num_classes))
+    assert graph.macs([1] * graph.num_classes) == graph.macs(torch.ones(graph.num_classes)) == graph.macs()
     keep = graph.all_kept()
     keep[graph.groups[0].classes] = False
     with pytest.raises(ArgumentError, match=f"no channel of '{graph.groups[0].name}' is left"):
@@ -636,6 +668,60 @@ def test_keep_that_cannot_be():
         graph.compact(keep)
     with pytest.raises(ArgumentError, match="no module or parameter named 'conv9'"):
         graph.protect(["conv9"])
+    for bad in ("conv2", 3, None):
+        with pytest.raises(ArgumentError, match="expected a list of module or parameter names"):
+            graph.protect(bad)
+    before.assert_same()
+
+
+def test_keep_by_the_name_of_a_group():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.half = nn.Linear(6, 12), nn.Linear(12, 3), 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            return self.head(torch.cat([h[:, : self.half].relu(), h[:, self.half :].tanh()], 1))
+
+    graph = trace(Halves(), torch.randn(2, 6))
+    assert [g.name for g in graph.prunable] == ["stem#1", "stem#2"]
+    graph.protect(["stem#1"])  # what an error or a report calls it
+    assert not graph.prunable
+    with pytest.raises(ArgumentError, match="named 'root#1'"):
+        graph.protect(["root#1"])
+
+
+@pytest.mark.parametrize("name", ["other", "other.weight", "again", "again.weight"])
+def test_keep_by_any_name_of_a_shared_weight(name):
+    model = Tied()
+    model.again = model.decode
+    graph = trace(model, torch.randn(2, 6))
+    graph.protect([name])
+    assert graph.protected and {g.name: g.reason for g in graph.groups} == {"encode": "kept on request"}
+
+
+def test_what_masked_cannot_take():
+    graph, other = (trace(Residual(), torch.randn(2, 1, 8, 8)) for _ in range(2))
+    keep = graph.all_kept()
+    before = Frozen(graph.model)
+    for bad in (torch.ones(3), torch.ones(graph.num_classes + 1), torch.ones(graph.num_classes, 2), [1.0], "all"):
+        with pytest.raises(ArgumentError, match=f"scale: expected a tensor of shape .{graph.num_classes},"):
+            graph.masked(keep, bad).__enter__()
+    with pytest.raises(ArgumentError, match="plan of another graph"):
+        graph.masked(other.plan(keep)).__enter__()
+    before.assert_same()
+
+
+def test_nothing_is_cut_while_masked():
+    model = randomise(Residual())
+    x = torch.randn(4, 1, 8, 8)
+    graph = trace(model, x)
+    before = Frozen(model)
+    with graph.masked(random_keep(graph)):
+        for use in (lambda: stamp_fast.prune(model, [(x, torch.arange(4))]), lambda: trace(model, x)):
+            with pytest.raises(ModelError, match="stands for the parameter 'stem.0.weight'.*leave `graph.masked`"):
+                use()
     before.assert_same()
 
 

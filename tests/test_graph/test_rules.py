@@ -1,9 +1,11 @@
 """One small network per operator rule: what is prunable, and that compacted equals masked."""
 
 import copy
+from collections import UserDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -993,6 +995,22 @@ def test_recurrent_layers_trace(kind):
         assert relative_error(net(x), expected) < 1e-9
 
 
+def test_lstm_with_a_projection():
+    parts = {"a": nn.Linear(6, 16), "r": nn.LSTM(16, 12, batch_first=True, proj_size=8), "head": nn.Linear(8, 3)}
+    net = randomise(Net(lambda m, x: m.head(m.r(torch.relu(m.a(x)))[0][:, -1]), parts)).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    graph = trace(net, x)
+    graph.settle()
+    keep = random_keep(graph)
+    with torch.no_grad():
+        expected = masked_output(graph, keep, x)
+        graph.compact(keep)
+        assert relative_error(net(x), expected) < 1e-9
+    assert net.r.input_size == net.a.out_features < 16
+    assert net.r.hidden_size == net.r.weight_hr_l0.shape[1] < 12
+    assert net.r.proj_size == net.r.weight_hr_l0.shape[0] == net.head.in_features
+
+
 def test_outputs_in_containers_are_never_cut():
     def forward(m: Net, x: Tensor):
         y = torch.relu(m.a(x))
@@ -1001,6 +1019,21 @@ def test_outputs_in_containers_are_never_cut():
     graph = trace(Net(forward, two()), torch.randn(IMAGE))
     assert [g.name for g in graph.prunable] == ["b"]
     assert {g.name for g in graph.frozen} == {"a", "head"}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [deque, frozenset, MappingProxyType, UserDict, dict.values],
+    ids=["deque", "frozenset", "mappingproxy", "userdict", "values"],
+)
+def test_outputs_in_unusual_containers_are_never_cut(wrap):
+    def forward(m: Net, x: Tensor):
+        y = torch.relu(m.a(x))
+        z = m.head(torch.relu(m.b(y)).mean((2, 3)))
+        return wrap((y, z) if wrap in (deque, frozenset) else {"y": y, "z": z})
+
+    graph = trace(Net(forward, two()), torch.randn(IMAGE))
+    assert [g.name for g in graph.prunable] == ["b"]
 
 
 def test_unused_parameter_stays():

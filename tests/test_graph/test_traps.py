@@ -125,6 +125,30 @@ def test_outputs_in_slots_are_outputs():
     assert "a" in {group.name for group in graph.frozen}
 
 
+@pytest.mark.parametrize("validates", [False, True])
+def test_distributions(validates):
+    class Gaussian(Net):
+        def forward(self, x):
+            mean, spread = super().forward(x).chunk(2, 1)
+            return torch.distributions.Normal(mean, spread.exp())
+
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(validates)
+    try:
+        x = image()
+        graph = settled(Gaussian(lambda h: h), x)
+        assert {group.name for group in graph.prunable} == {"a", "b"}
+        keep = random_keep(graph)
+        expected = masked_output(graph, keep, x)
+        graph.compact(keep)
+        found = graph.output(x)
+        assert relative_error(found.mean, expected.mean) < 1e-9
+        assert relative_error(found.stddev, expected.stddev) < 1e-9
+        assert torch.distributions.Distribution._validate_args == validates
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
 def test_nested_optimizer_state_is_refused():
     net = Net(lambda h: h)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)

@@ -94,6 +94,19 @@ def test_compiled_model_is_cut_and_compiled_once_more():
         assert torch.equal(compiled(images()), model(images()))
 
 
+@pytest.mark.parametrize("part", ["whole", "child"])
+def test_compiled_parts_run_as_written_while_pruned(part):
+    torch._dynamo.reset()
+    model = randomise(chain())
+    counter = CompileCounter()
+    (model if part == "whole" else model[2]).compile(backend=counter)
+    stamp_fast.prune(model, [(images(), TARGETS)], method="taylor", progress=False)
+    assert counter.frame_count == 0
+    assert stamp_fast.report(model).equality_error < 1e-5
+    F.cross_entropy(model(images()), TARGETS).backward()
+    assert counter.frame_count > 0, "and compiled afterwards"
+
+
 def shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -114,6 +127,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "distributed": (nn.parallel.DistributedDataParallel, "wrapped in DistributedDataParallel.*model.module"),
     "sharded": (shard, "'0.weight' is a DTensor, sharded.*prune before"),
     "scripted": (torch.jit.script, "ScriptModule.*prune the original"),
+    "nested-scripted": (lambda m: nn.Sequential(torch.jit.script(m)), "'0' is a ScriptModule.*prune the original"),
     "lazy": (lambda m: m.append(nn.LazyLinear(4)), "'8.weight' is lazy.*run one forward"),
     "lazy-norm": (lambda m: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d()), "'1.weight' is lazy"),
 }
