@@ -23,6 +23,7 @@ def check_arguments(
     keep: Any,
     optimizer: Any,
     seed: Any,
+    loss_fn: Any,
     switches: dict[str, Any],
 ) -> None:
     if not isinstance(budget, Budget):
@@ -36,6 +37,8 @@ def check_arguments(
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
         raise ArgumentError(f"seed: must be a whole number from 0 to 2**63 - 1, or None, got {seed!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ArgumentError(f"loss_fn: expected a function (model, batch) -> loss, got {loss_fn!r}")
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ArgumentError(f"{name}: must be True or False, got {value!r}")
@@ -48,7 +51,8 @@ def check_model(model: nn.Module) -> torch.device:
     """Returns the one device of the model.
 
     Raises:
-        ModelError: no parameters, parameters on meta or on several devices, NaN or inf in a parameter or buffer.
+        ModelError: no parameters; some on meta, on several devices or of inference mode; NaN or inf in one or in a
+            buffer.
     """
     homes: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -62,6 +66,8 @@ def check_model(model: nn.Module) -> torch.device:
     if device.type == "meta":
         raise ModelError("model: lies on the meta device and has no values; load its weights first")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise ModelError(f"model: '{name}' was made in torch.inference_mode(); build the model outside of it")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"model: '{name}' holds NaN or inf; load sound weights before pruning")
     return device

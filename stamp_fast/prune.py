@@ -79,7 +79,7 @@ def prune(
             message names the culprit, and model and optimizer are as they were.
     """
     check_arguments(
-        budget, method, METHODS, steps, round_to, keep, optimizer, seed, {"strict": strict, "verify": verify}
+        budget, method, METHODS, steps, round_to, keep, optimizer, seed, loss_fn, {"strict": strict, "verify": verify}
     )
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))

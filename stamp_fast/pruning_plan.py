@@ -316,6 +316,8 @@ def parsed(text: str, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         CheckpointError: anything else.
     """
+    if not isinstance(text, (str, bytes)):
+        raise CheckpointError(f"{what}: expected JSON text, got {type(text).__name__}")
     if len(text) > _LARGEST_JSON:
         raise CheckpointError(f"{what}: is {len(text)} characters long, at most {_LARGEST_JSON} are read")
     try:

@@ -229,3 +229,32 @@ def test_nan_scores_are_refused_by_name():
     scores[groups["squeeze"].classes] = float("nan")
     with pytest.raises(ArgumentError, match="NaN in group 'squeeze'"):
         graph.select(scores, Budget(macs=0.5))
+
+
+@pytest.mark.parametrize("loss", [None, 0.5, torch.ones(2, requires_grad=True), torch.ones(())], ids=str)
+def test_taylor_with_a_loss_that_says_nothing(loss):
+    with pytest.raises(ArgumentError, match="taylor: loss_fn must return a scalar tensor"):
+        importance.taylor(residual()[1], data(), lambda model, batch: loss)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", True])
+def test_random_with_no_seed(seed):
+    with pytest.raises(ArgumentError, match="random: seed must be a whole number"):
+        importance.random(residual()[1], seed)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        importance.magnitude,
+        importance.bn_scale,
+        lambda graph: importance.taylor(graph, data(), cross_entropy),
+    ],
+    ids=["magnitude", "bn_scale", "taylor"],
+)
+def test_a_graph_of_a_network_that_was_cut_since(score):
+    model, graph, _ = residual()
+    other = trace(model, torch.randn(2, 1, 8, 8, dtype=torch.float64))
+    other.compact(other.select(importance.magnitude(other), Budget(channels=0.5)))
+    with pytest.raises(ArgumentError, match="trace it again"):
+        score(graph)

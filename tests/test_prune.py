@@ -339,6 +339,11 @@ class CountsCalls:
         return loss if self.left >= 0 else loss * float("nan")
 
 
+def in_inference_mode():
+    with torch.inference_mode():
+        return Plain()
+
+
 def on(loader, **more):
     return lambda model: {"loader": loader() if callable(loader) else loader, **more}
 
@@ -460,6 +465,8 @@ UNUSABLE = {
         "nothing to prune.*output of the model",
         lambda m: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
     ),
+    "inference-mode": Unmade(on(batches), ModelError, "made in torch.inference_mode", lambda m: in_inference_mode()),
+    "loss-by-name": Unmade(on(batches, loss_fn="ce"), ArgumentError, "loss_fn: expected a function"),
     "not-a-module": Unmade(on(batches), ArgumentError, "model: expected a torch.nn.Module", lambda m: m.forward),
 }
 

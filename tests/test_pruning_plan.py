@@ -91,6 +91,9 @@ def test_what_is_no_plan():
         with pytest.raises(ArgumentError, match="plan: expected one from plan_of or load_plan"):
             stamp_fast.apply_plan(model, bad)
     before.assert_same()
+    for bad in (None, 3, model):
+        with pytest.raises(CheckpointError, match="plan: expected JSON text"):
+            PruningPlan.from_json(bad)
 
 
 def test_plan_that_cuts_tied_weights_differently():

@@ -372,14 +372,15 @@ class ChannelGraph:
             ArgumentError: state that cannot be cut, or the network has been cut since it was traced; nothing has
                 changed.
         """
-        self._check_current()
+        self.check_current()
         plan = self.plan(keep)
         recording = _replay.check(self, plan)
         _compact.apply(self, plan, optimizer, ema)
         self._compacted = recording, plan
         return self.model
 
-    def _check_current(self) -> None:
+    def check_current(self) -> None:
+        """Raises ArgumentError if the network has been cut since it was traced."""
         if self._compacted is not None:
             raise ArgumentError("graph: describes the network before it was compacted; go on with `graph.smaller()`")
         for slot, shape in zip(self.slots, self.recording.shapes, strict=False):
@@ -434,7 +435,7 @@ class ChannelGraph:
             ArgumentError: a mask that cannot be, a plan of another graph, a scale of another size, or the network has
                 been cut since it was traced.
         """
-        self._check_current()
+        self.check_current()
         plan = keep if isinstance(keep, _plan.Plan) else self.plan(keep)
         if plan.graph is not self:
             raise ArgumentError("keep: is the plan of another graph; make it of this one, with graph.plan(keep)")

@@ -34,10 +34,11 @@ def magnitude(graph: ChannelGraph, p: int = 1) -> torch.Tensor:
         p: 1 or 2.
 
     Raises:
-        ArgumentError: another `p`.
+        ArgumentError: another `p`, or the network has been cut since it was traced.
     """
     if p not in (1, 2):
         raise ArgumentError(f"magnitude: p must be 1 or 2, got {p}")
+    graph.check_current()
     axes, sums = [torch.empty(0, dtype=torch.long)], [torch.empty(0, device=graph.device)]
     with torch.no_grad():
         for slot in graph.slots:
@@ -71,8 +72,10 @@ def bn_scale(graph: ChannelGraph) -> torch.Tensor:
     """Sum of |gamma| of the batch norms a class passes through (Network Slimming, Liu et al. 2017).
 
     Raises:
+        ArgumentError: the network has been cut since it was traced.
         ModelError: a prunable group passes through no batch norm with a scale, so that it cannot be ranked.
     """
+    graph.check_current()
     totals = torch.zeros(graph.num_classes, dtype=torch.float32)
     covered = torch.zeros(graph.num_classes, dtype=torch.bool)
     for slot in graph.slots:
@@ -91,7 +94,13 @@ def bn_scale(graph: ChannelGraph) -> torch.Tensor:
 
 
 def random(graph: ChannelGraph, seed: int | None = None) -> torch.Tensor:
-    """Uniform random scores: the baseline every other one has to beat."""
+    """Uniform random scores: the baseline every other one has to beat.
+
+    Raises:
+        ArgumentError: the seed is no whole number.
+    """
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ArgumentError(f"random: seed must be a whole number or None, got {seed!r}")
     generator = torch.Generator()
     if seed is not None:
         generator.manual_seed(seed)
@@ -116,7 +125,7 @@ def taylor(
         loss_fn: (model, batch) -> scalar loss.
 
     Raises:
-        ArgumentError: no batch was given.
+        ArgumentError: no batch was given, or the loss is no scalar that depends on the model.
     """
     read = graph.read_by_weights()
     emitters = [] if bool(read.all()) else _emitters(graph)
@@ -127,6 +136,8 @@ def taylor(
         z = torch.ones(graph.num_classes, dtype=torch.float32, device=graph.device, requires_grad=True)
         with torch.enable_grad(), graph.masked(plan, z):
             loss = loss_fn(graph.model, batch)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise ArgumentError("taylor: loss_fn must return a scalar tensor that depends on the model's output")
             weights = [slot.tensor for slot, _ in emitters]
             grads = torch.autograd.grad(loss, [z, *weights], allow_unused=True)
         scores = (
