@@ -237,6 +237,7 @@ _KNOWN = {
     nn.RNNBase: ("input_size", "hidden_size"),
     nn.PReLU: ("num_parameters",),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.MultiheadAttention: ("embed_dim", "kdim", "vdim", "num_heads", "head_dim"),
 }
 
 
@@ -266,6 +267,19 @@ def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], ne
         return {"input_size": inputs[1], "hidden_size": hidden[1]}
     if isinstance(module, nn.PReLU) and weight is not None:
         return {"num_parameters": weight[0]}
+    if isinstance(module, nn.MultiheadAttention):
+        return _widths_of_attention(module, new_shape)
     if isinstance(module, nn.Embedding) and weight is not None:
         return {"num_embeddings": weight[0], "embedding_dim": weight[1]}
     return {}
+
+
+def _widths_of_attention(module: nn.MultiheadAttention, new_shape: dict) -> dict[str, int]:
+    """Heads go whole: their width is the scale of the scores."""
+    if module.in_proj_weight is not None:
+        rows, query = new_shape[id(module), "in_proj_weight"]
+        rows, key, value = rows // 3, query, query
+    else:
+        rows, query = new_shape[id(module), "q_proj_weight"]
+        key, value = (new_shape[id(module), f"{name}_proj_weight"][1] for name in "kv")
+    return {"embed_dim": query, "kdim": key, "vdim": value, "num_heads": max(1, rows // module.head_dim)}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _PROBES = 3  # cuts that have to run as predicted, one after the other
 _TRIES = 6  # attributes tried per mismatch, the nearest first
+_TIES = 3  # ties tried together with attributes
 _SUSPECTS = 4  # groups near a mismatch that are tried before all are bisected
 _SPLITS = 16  # calls around the mismatch whose splits are tried the other way
 _REACH = 40  # calls before and after the mismatch whose sizes are candidates
@@ -238,11 +239,23 @@ def _everywhere(graph: ChannelGraph, bindings: list[Binding]) -> list[Binding]:
 
 # --- counts that have to be equal -------------------------------------------------------------------------------------
 def _tie(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
-    for tie in _ties(graph, keep, found):
-        level = _levelled(graph, keep, tie)
-        if level is not None and _reach(graph, level) > found.progress:
+    """Ties two dims, alone or together with an attribute that is bound: an attention that takes `width // heads` of a
+    residual stream for the width of a head runs only with both.
+    """
+    levels = [(tie, level) for tie in _ties(graph, keep, found) if (level := _levelled(graph, keep, tie)) is not None]
+    for tie, level in levels:
+        if _reach(graph, level) > found.progress:
             graph.rebuild([*graph.ties, *_tied_everywhere(graph, tie, found)])
             return True
+    before = graph.bindings
+    for tie, level in levels[:_TIES]:
+        for candidate in itertools.islice(_bindings(graph, level, found), _TRIES):
+            graph.bindings = _with(before, candidate)
+            if _reach(graph, level) > found.progress:
+                graph.bindings = _with(before, _everywhere(graph, candidate))
+                graph.rebuild([*graph.ties, *_tied_everywhere(graph, tie, found)])
+                return True
+        graph.bindings = before
     return False
 
 
@@ -256,18 +269,28 @@ def _ties(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[
 
 
 def _levelled(graph: ChannelGraph, keep: torch.Tensor, tie: Tie) -> torch.Tensor | None:
-    """The same cut, but with as many channels left in the second group as in the first; None where that is not all
-    that a tie would mean.
+    """The same cut, but with the positions left in one dim that are left in the other; None where that is not all that
+    a tie would mean, or where one class would be left of both.
     """
     groups = [graph._core.groups_of(*place) for place in (tie.first, tie.second)]
     if any(len(found) != 1 for found in groups) or groups[0] == groups[1]:
         return None
-    first, second = (graph.groups[found[0]] for found in groups)
-    if not first.num_classes == second.num_classes == _size(graph, tie.first):
+    places = [_classes(graph, place) for place in (tie.first, tie.second)]
+    counts = [len(classes.unique()) for classes in places]
+    # Heads, say, of many positions each: the other dim goes by whole heads too.
+    (coarse, fine), least = (places if counts[0] <= counts[1] else places[::-1]), min(counts)
+    if least < 2 or bool((coarse < 0).any() | (fine < 0).any()):
         return None
     level = keep.clone()
-    level[second.classes] = keep[first.classes]
-    return level
+    level[fine] = keep[coarse]
+    if any(graph.groups[found[0]].reason for found in groups):
+        level[fine] = level[coarse] = True
+    return level if torch.equal(level[fine], level[coarse]) else None
+
+
+def _classes(graph: ChannelGraph, place: tuple[int, int]) -> torch.Tensor:
+    """Class of every position of a dim."""
+    return torch.from_numpy(graph._core.axis_classes(graph._core.axis_of(*place)))
 
 
 def _tied_everywhere(graph: ChannelGraph, tie: Tie, found: Mismatch) -> list[Tie]:
@@ -389,17 +412,20 @@ def _analogues(
 ) -> Iterator[tuple[str, _record.Call, tuple[int, int]]]:
     """(module, call, (tensor, dim)): the same place in the calls of every other module of the class of `name`."""
     tensor, dim = place
-    calls = _calls_of(graph, name)
-    where = next(((k, _tensors(c).index(tensor)) for k, c in enumerate(calls) if tensor in _tensors(c)), None)
-    if where is None:
+    call = next((c for c in _calls_of(graph, name) if tensor in _tensors(c)), None)
+    if call is None:
         return
-    ordinal, position = where
+    ordinal, position = _alike(graph, name, call).index(call), _tensors(call).index(tensor)
     for other in _of_same_class(graph, name):
-        theirs = _calls_of(graph, other)
-        if ordinal < len(theirs) and theirs[ordinal].name == calls[ordinal].name:
-            tensors = _tensors(theirs[ordinal])
-            if position < len(tensors) and dim < len(graph.recording.shapes[tensors[position]]):
-                yield other, theirs[ordinal], (tensors[position], dim)
+        theirs = _alike(graph, other, call)[ordinal : ordinal + 1]
+        tensors = _tensors(theirs[0]) if theirs else []
+        if position < len(tensors) and dim < len(graph.recording.shapes[tensors[position]]):
+            yield other, theirs[0], (tensors[position], dim)
+
+
+def _alike(graph: ChannelGraph, name: str, call: _record.Call) -> list[_record.Call]:
+    """Calls of the same operator in the same line, made by a module: others around them may be left out in some."""
+    return [c for c in _calls_of(graph, name) if c.name == call.name and c.line == call.line]
 
 
 def _calls_of(graph: ChannelGraph, name: str) -> list[_record.Call]:
