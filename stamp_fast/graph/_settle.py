@@ -131,7 +131,7 @@ def _with(bindings: list[Binding], new: list[Binding]) -> list[Binding]:
 def _bindings(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[list[Binding]]:
     shapes = graph._core.shapes(graph._bytes(keep))
     bound = {(b.module, b.attribute, b.item, b.times * shapes[b.tensor][b.dim]) for b in graph.bindings}
-    sizes = list(_changed_sizes(graph, keep, found))
+    sizes = _changed_sizes(graph, keep, found)
     for times in (1, 2, 3, 4):
         for name in found.modules:
             for attribute, value in _int_attributes(graph.model.get_submodule(name)):
@@ -259,37 +259,53 @@ def _tie(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
     return False
 
 
-def _ties(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[Tie]:
+def _ties(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> list[Tie]:
     """Pairs of dims near the mismatch that are equally wide in the dense network but not in the smaller one."""
-    sizes = list(_changed_sizes(graph, keep, found))
-    for i, (tensor, dim, size) in enumerate(sizes):
-        for other, other_dim, other_size in sizes[:i]:
-            if size == other_size:
-                yield Tie((other, other_dim), (tensor, dim))
+    first: dict[tuple[int, int, bool], tuple[int, int]] = {}
+    for tensor, dim, size, left in _changed_dims(graph, keep, found):
+        first.setdefault((size, left, _in_runs(graph, (tensor, dim))), (tensor, dim))
+    # Where heads are folded into the batch, that dim may happen to be as wide as a residual stream: last.
+    places = sorted(first.items(), key=lambda item: not item[0][2])
+    return [
+        Tie(other, place)
+        for i, ((size, left, _), place) in enumerate(places)
+        for (other_size, other_left, _), other in places[:i]
+        if size == other_size and left != other_left
+    ]
+
+
+def _in_runs(graph: ChannelGraph, place: tuple[int, int]) -> bool:
+    """Whether positions of one class are next to each other."""
+    classes = _classes(graph, place)
+    return len(classes.unique_consecutive()) == len(classes.unique())
 
 
 def _levelled(graph: ChannelGraph, keep: torch.Tensor, tie: Tie) -> torch.Tensor | None:
     """The same cut, but with the positions left in one dim that are left in the other; None where that is not all that
-    a tie would mean, or where one class would be left of both.
+    a tie would mean.
     """
-    groups = [graph._core.groups_of(*place) for place in (tie.first, tie.second)]
-    if any(len(found) != 1 for found in groups) or groups[0] == groups[1]:
+    if not _can_tie(graph, tie):
         return None
-    places = [_classes(graph, place) for place in (tie.first, tie.second)]
-    counts = [len(classes.unique()) for classes in places]
     # Heads, say, of many positions each: the other dim goes by whole heads too.
-    (coarse, fine), least = (places if counts[0] <= counts[1] else places[::-1]), min(counts)
-    if least < 2 or bool((coarse < 0).any() | (fine < 0).any()):
-        return None
+    coarse, fine = sorted((_classes(graph, tie.first), _classes(graph, tie.second)), key=lambda c: len(c.unique()))
     level = keep.clone()
     level[fine] = keep[coarse]
-    if any(graph.groups[found[0]].reason for found in groups):
+    if any(graph.groups[g].reason for place in (tie.first, tie.second) for g in graph._core.groups_of(*place)):
         level[fine] = level[coarse] = True
     return level if torch.equal(level[fine], level[coarse]) else None
 
 
+def _can_tie(graph: ChannelGraph, tie: Tie) -> bool:
+    """Two dims of a group each, that as one would have more than one class."""
+    groups = [graph._core.groups_of(*place) for place in (tie.first, tie.second)]
+    if any(len(found) != 1 for found in groups) or groups[0] == groups[1]:
+        return False
+    classes = [_classes(graph, place).unique() for place in (tie.first, tie.second)]
+    return all(len(found) > 1 and found[0] >= 0 for found in classes)
+
+
 def _classes(graph: ChannelGraph, place: tuple[int, int]) -> torch.Tensor:
-    """Class of every position of a dim."""
+    """Class of every position of a dim; -1 where it never goes."""
     return torch.from_numpy(graph._core.axis_classes(graph._core.axis_of(*place)))
 
 
@@ -299,7 +315,9 @@ def _tied_everywhere(graph: ChannelGraph, tie: Tie, found: Mismatch) -> list[Tie
         seconds = {other: place for other, _, place in _analogues(graph, name, tie.second)}
         for other, _, first in _analogues(graph, name, tie.first):
             if other in seconds and _size(graph, first) == _size(graph, seconds[other]):
-                result.append(Tie(first, seconds[other]))
+                alike = Tie(first, seconds[other])
+                if _can_tie(graph, alike):
+                    result.append(alike)
     return result
 
 
@@ -384,18 +402,23 @@ def _calls_near(graph: ChannelGraph, found: Mismatch) -> list[_record.Call]:
     return [calls[i] for i in sorted(near, key=lambda i: abs(i - found.op))]
 
 
-def _changed_sizes(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[tuple[int, int, int]]:
-    """(tensor, dim, dense size) of the dims near the mismatch that shrink, one for each pair of sizes."""
+def _changed_dims(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor, dim, dense size, size in the cut) of the dims near the mismatch that shrink, the nearest first."""
     shapes = graph._core.shapes(graph._bytes(keep))
-    seen = set()
-    for call in _calls_near(graph, found):
-        for tensor in (*call.outs, *_record.refs_in(call.args)):
-            for dim, size in enumerate(graph.recording.shapes[tensor]):
-                # The probe cuts every group by another fraction: equal pairs of sizes are the same channels.
-                pair = size, shapes[tensor][dim]
-                if pair[0] != pair[1] and pair not in seen:
-                    seen.add(pair)
-                    yield tensor, dim, size
+    for tensor in dict.fromkeys(t for call in _calls_near(graph, found) for t in (*call.outs, *_record.refs_in(call.args))):
+        for dim, size in enumerate(graph.recording.shapes[tensor]):
+            if size != shapes[tensor][dim]:
+                yield tensor, dim, size, shapes[tensor][dim]
+
+
+def _changed_sizes(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> list[tuple[int, int, int]]:
+    """(tensor, dim, dense size) of such dims, one for each pair of sizes: the probe cuts every group by another
+    fraction, so that equal pairs of sizes are the same channels.
+    """
+    first: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for tensor, dim, size, left in _changed_dims(graph, keep, found):
+        first.setdefault((size, left), (tensor, dim, size))
+    return list(first.values())
 
 
 def _size(graph: ChannelGraph, place: tuple[int, int]) -> int:
