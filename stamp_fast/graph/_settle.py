@@ -32,6 +32,7 @@ _TIES = 3  # ties tried together with attributes
 _SUSPECTS = 4  # groups near a mismatch that are tried before all are bisected
 _SPLITS = 16  # calls around the mismatch whose splits are tried the other way
 _REACH = 40  # calls before and after the mismatch whose sizes are candidates
+_INSIDE = 200  # calls of the module at fault whose sizes are candidates too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +263,12 @@ def _tie(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> bool:
 def _ties(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> list[Tie]:
     """Pairs of dims near the mismatch that are equally wide in the dense network but not in the smaller one."""
     first: dict[tuple[int, int, bool], tuple[int, int]] = {}
+    seen: set[int] = set()
     for tensor, dim, size, left in _changed_dims(graph, keep, found):
-        first.setdefault((size, left, _in_runs(graph, (tensor, dim))), (tensor, dim))
+        axis = graph._core.axis_of(tensor, dim)
+        if axis not in seen:
+            seen.add(axis)
+            first.setdefault((size, left, _in_runs(graph, (tensor, dim))), (tensor, dim))
     # Where heads are folded into the batch, that dim may happen to be as wide as a residual stream: last.
     places = sorted(first.items(), key=lambda item: not item[0][2])
     return [
@@ -286,8 +291,10 @@ def _levelled(graph: ChannelGraph, keep: torch.Tensor, tie: Tie) -> torch.Tensor
     """
     if not _can_tie(graph, tie):
         return None
-    # Heads, say, of many positions each: the other dim goes by whole heads too.
-    coarse, fine = sorted((_classes(graph, tie.first), _classes(graph, tie.second)), key=lambda c: len(c.unique()))
+    # Heads, say, of many positions each: the other dim goes by whole heads too. What comes later follows what comes
+    # first, which others before the mismatch may follow already.
+    axes = [_classes(graph, place) for place in (tie.first, tie.second)]
+    coarse, fine = sorted(axes, key=lambda classes: (len(classes.unique()), int(classes[0])))
     level = keep.clone()
     level[fine] = keep[coarse]
     if any(graph.groups[g].reason for place in (tie.first, tie.second) for g in graph._core.groups_of(*place)):
@@ -396,10 +403,15 @@ def _at_fault(graph: ChannelGraph, found: Mismatch) -> list[str]:
 
 # --- places in the recording ------------------------------------------------------------------------------------------
 def _calls_near(graph: ChannelGraph, found: Mismatch) -> list[_record.Call]:
-    """Calls around the mismatch, the nearest first; of two equally near the one before it."""
+    """Calls around the mismatch, the nearest first; of two equally near the one before it. Then the other calls of the
+    module at fault.
+    """
     calls = graph.recording.calls
     near = range(max(0, found.op - _REACH + 1), min(len(calls), found.op + _REACH))
-    return [calls[i] for i in sorted(near, key=lambda i: abs(i - found.op))]
+    nearest = [calls[i] for i in sorted(near, key=lambda i: abs(i - found.op))]
+    known = set(map(id, nearest))
+    inside = [call for name in _at_fault(graph, found) if name for call in _calls_of(graph, name)]
+    return nearest + [call for call in inside[:_INSIDE] if id(call) not in known]
 
 
 def _changed_dims(graph: ChannelGraph, keep: torch.Tensor, found: Mismatch) -> Iterator[tuple[int, int, int, int]]:
