@@ -16,7 +16,7 @@ from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
 from ._optimizers import Optimizers
 from ._strict import check_strict
-from ._undisturbed import emptied, named_modules
+from ._undisturbed import collection_paused, emptied, named_modules
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -307,6 +307,7 @@ class ChannelGraph:
         found = {g for t in (*call.outs, *_record.refs_in(call.args)) for g in self._core.groups_of(t)}
         return [g for g in sorted(found) if not bool(keep[self.groups[g].classes].all())]
 
+    @collection_paused()
     def settle(self, strict: bool = False) -> None:
         """Mends what a smaller network would trip over: sizes that the forward holds in attributes or literals.
 
@@ -333,6 +334,7 @@ class ChannelGraph:
         """What `keep` means for every parameter, buffer and module attribute. Changes nothing."""
         return _plan.make(self, self.checked(keep))
 
+    @collection_paused()
     def check(self, keep: torch.Tensor) -> None:
         """Replays the smaller network on meta tensors (DESIGN 3.4). Changes nothing.
 
@@ -341,6 +343,7 @@ class ChannelGraph:
         """
         _replay.check(self, self.plan(keep))
 
+    @collection_paused()
     def compact(
         self,
         keep: torch.Tensor,
@@ -446,6 +449,7 @@ def _make_unique(groups: list[Group]) -> None:
             group.name = f"{group.name}#{seen[group.name]}"
 
 
+@collection_paused()
 def trace(model: nn.Module, example: Any) -> ChannelGraph:
     """Runs the model once on meta tensors and finds out which channels live or die together.
 
