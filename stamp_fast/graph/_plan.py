@@ -28,7 +28,12 @@ class Plan:
     graph: ChannelGraph
     keep: torch.Tensor
     kept: list[list[torch.Tensor | None]]
-    attributes: list[tuple[nn.Module, str, Any]]
+    layers: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)  # attributes of torch's own
+    bound: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def attributes(self) -> list[tuple[nn.Module, str, Any]]:
+        return self.layers + self.bound
 
     def shrinks(self, slot: int) -> bool:
         return any(index is not None for index in self.kept[slot])
@@ -159,9 +164,14 @@ def make(graph: ChannelGraph, keep: torch.Tensor) -> Plan:
         return indices[id(axis)]
 
     kept = [[live(axis) for axis in slot.axes] for slot in graph.slots]
-    plan = Plan(graph, keep, kept, [])
-    plan.attributes = _attributes(graph, plan)
-    return plan
+    plan = Plan(graph, keep, kept)
+    plan.layers = _attributes(graph, plan)
+    return bound_anew(plan)
+
+
+def bound_anew(plan: Plan) -> Plan:
+    """The same cut with the bindings that the graph has by now."""
+    return dataclasses.replace(plan, bound=_bound(plan.graph, plan))
 
 
 def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:
@@ -185,7 +195,7 @@ def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, A
         for attribute, value in widths.items():
             if getattr(module, attribute) != value:
                 changes.append((module, attribute, value))
-    return changes + _bound(graph, plan)
+    return changes
 
 
 def _bound(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._load import graph_core
 from ..errors import ArgumentError, ModelError
 from . import _compact, _plan, _record, _replay, _settle
+from ._bindings import Binding
 from ._optimizers import Optimizers
 from ._strict import check_strict
+from ._ties import Tie
 from ._undisturbed import collection_paused, emptied, named_modules
 
 if TYPE_CHECKING:
@@ -74,8 +76,8 @@ class ChannelGraph:
         self.model = model
         self.recording = recording
         self.example = example
-        self.bindings: list[_settle.Binding] = []
-        self.ties: list[_settle.Tie] = []
+        self.bindings: list[Binding] = []
+        self.ties: list[Tie] = []
         self.survivors: dict[int, int] = {}  # reshape that splits channels -> axis of it that survives, if not ours
         self.calls_by_module: dict[str, list[_record.Call]] | None = None  # made when something has to be mended
         self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
@@ -87,7 +89,7 @@ class ChannelGraph:
         self._calls = [(c.name, c.args, c.outs) for c in recording.calls]
         self.rebuild([])
 
-    def rebuild(self, ties: list[_settle.Tie], survivors: dict[int, int] | None = None) -> None:
+    def rebuild(self, ties: list[Tie], survivors: dict[int, int] | None = None) -> None:
         """Groups channels anew, with dims tied that have to stay equally wide. Kept groups stay kept."""
         self.ties = list(ties)
         self.survivors = self.survivors if survivors is None else survivors
