@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,7 @@ class _Trial:
 
     Attributes:
         plan: of the cut that brings it about.
-        idle: attributes that changed nothing at a place in the code, in all modules of a class; bindings that made it
-            worse.
+        idle: attributes that changed nothing at a place in the code, and bindings that made it worse there.
         after: what a mend that keeps the groups as they are has made of the same cut, if it was replayed.
     """
 
@@ -64,8 +64,12 @@ class _Trial:
         return _progress(then) > self.found.progress
 
     def tells(self, then: Mismatch | None) -> bool:
-        """Whether a mend makes a difference to the mismatch, though not enough of one."""
-        return then is not None and then.progress == self.found.progress and then.problem != self.found.problem
+        """Whether a mend makes a difference to the mismatch, though not enough of one. As far as the problem tells:
+        where there is no size in it, a mend may.
+        """
+        if then is None or then.progress != self.found.progress:
+            return False
+        return then.problem != self.found.problem or not any(map(str.isdigit, then.problem))
 
     def key(self, bindings: list[Binding]) -> tuple:
         kind = type(self.graph.model.get_submodule(bindings[0].module))
@@ -73,12 +77,13 @@ class _Trial:
 
     @functools.cached_property
     def place(self) -> tuple:
-        """Where in the code the mismatch is: the same for all modules of a class."""
+        """Where in the code the mismatch is and of what kind: the same for all modules of a class."""
         call = self.graph.recording.calls[self.found.op]
         alike = next(
             (found for name in self.found.modules[:1] if call in (found := alike_in(self.graph, name, call))), []
         )
-        return call.name, call.line, alike.index(call) if alike else self.found.op
+        problem = re.sub(r"\d+", "", self.found.problem)
+        return problem, call.name, call.line, alike.index(call) if alike else self.found.op
 
 
 def settle(graph: ChannelGraph) -> None:
@@ -142,7 +147,7 @@ def _bind(trial: _Trial, telling: list[list[Binding]]) -> bool:
     graph, before = trial.graph, trial.graph.bindings
     tries = 0
     for candidate in _bindings.candidates(graph, trial.keep, trial.found):
-        if trial.key(candidate) in trial.idle or tuple(candidate) in trial.idle:
+        if trial.key(candidate) in trial.idle or (*candidate, trial.place) in trial.idle:
             continue
         graph.bindings = _bindings.with_new(before, candidate)
         then = trial.replay()
@@ -152,7 +157,7 @@ def _bind(trial: _Trial, telling: list[list[Binding]]) -> bool:
         if trial.tells(then):
             telling.append(candidate)
         elif _progress(then) < trial.found.progress:
-            trial.idle.add(tuple(candidate))
+            trial.idle.add((*candidate, trial.place))
         else:
             trial.idle.add(trial.key(candidate))
         tries += 1
@@ -210,7 +215,7 @@ def _bind_pieces(trial: _Trial) -> bool:
         if trial.is_further(then):
             trial.after = [then, *_bind_everywhere(trial, plan, before, bindings, then)]
             return True
-        if not ties and not trial.tells(then) and _progress(then) == trial.found.progress:
+        if not ties and _progress(then) == trial.found.progress and not trial.tells(then):
             trial.idle.update(trial.key([binding]) for binding in bindings)
     graph.bindings = before
     return False
