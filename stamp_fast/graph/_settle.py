@@ -225,8 +225,11 @@ def _bind_pieces(trial: _Trial) -> bool:
 def _tie(trial: _Trial, telling: list[list[Binding]]) -> bool:
     """Ties two dims, alone or together with an attribute that is bound: an attention that takes `width // heads` of a
     residual stream for the width of a head runs only with both. Of such pairs each must make a difference by itself,
-    or there would be too many. That the stream then goes by whole heads is a coarser choice than the one channel by
-    channel, but the alternative is to keep both it and the heads.
+    or there would be too many.
+
+    The stream then goes by whole heads, 12 classes instead of 768 channels in ViT-B. The alternative is to keep it and
+    the heads, since their counts agree in neither half: with one class left of each group 37% of the MACs remain of
+    ViT-B, 38% of Swin-T and 24% of MaxViT-T; tied, 0.6%, 1.7% and 2.4%.
     """
     graph, before = trial.graph, trial.graph.bindings
     both: list[tuple[Tie, _plan.Plan]] = []
