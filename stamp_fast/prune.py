@@ -17,10 +17,10 @@ from .checks import check_arguments, check_model, check_prunable
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
 from .errors import ArgumentError, CompactionError, LoaderError
 from .graph import ChannelGraph, trace
+from .graph._model import unwrapped
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored, uncompiled
-from .graph.graph import unwrapped
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
 from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts

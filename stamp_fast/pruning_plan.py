@@ -15,8 +15,8 @@ from torch import nn
 
 from .errors import ArgumentError, CheckpointError
 from .graph import _history
+from .graph._model import unwrapped
 from .graph._snapshot import Snapshot, replace_data
-from .graph.graph import unwrapped
 
 FORMAT = 1
 # Plans of real networks are a few hundred kB; parsing takes some 20 times the text's size in memory.

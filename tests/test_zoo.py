@@ -29,7 +29,7 @@ SAMPLE = [
     of("repvgg_a0", "timm byobnet"),  # parallel branches
     of("mixnet_s", "timm efficientnet"),  # splits at sizes kept in a list
     of("lambda_resnet26t", "timm byoanet"),  # lambda layers
-    of("swin_t", "classification", "0.54 of the MACs: the residual stream is kept for the sizes of attention"),
+    of("swin_t", "classification"),  # the residual stream and the heads of attention, coupled by their counts
     of("fasterrcnn_mobilenet_v3_large_320_fpn", "detection"),  # a list of images in, boxes out
 ]
 

@@ -354,7 +354,11 @@ void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64
   }
   int survivor = varying[0];
   if (varying.size() > 1) {
-    if (surveying_) {
+    std::vector<int> possible;
+    for (const int j : varying)
+      if (!avoided_[current_].contains(j)) possible.push_back(j);
+    // Attention may take q, k and v apart before it splits them into heads: that split shows once this one is settled.
+    if (surveying_ && possible.size() != 1) {
       for (const int j : varying) {
         into[j].site = current_;
         into[j].site_axis = j;
@@ -364,9 +368,11 @@ void Propagator::reduce(const std::vector<int32_t>& ids, const std::vector<int64
     const auto known = survivor_.find(current_);
     const bool is_known = known != survivor_.end() && known->second >= 0 &&
                           known->second < static_cast<int>(sizes.size());  // a record may say anything
-    survivor = is_known ? known->second : choose_survivor(roots, sizes, varying);
-    survivor_[current_] = survivor;
-    candidates_[current_] = varying;
+    survivor = surveying_ ? possible[0] : is_known ? known->second : choose_survivor(roots, sizes, varying);
+    if (!surveying_) {
+      survivor_[current_] = survivor;
+      candidates_[current_] = varying;
+    }
   }
   std::vector<int32_t> kept(sizes[survivor], -1);
   for (int64_t p = 0; p < total; ++p) {

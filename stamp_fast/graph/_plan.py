@@ -28,7 +28,12 @@ class Plan:
     graph: ChannelGraph
     keep: torch.Tensor
     kept: list[list[torch.Tensor | None]]
-    attributes: list[tuple[nn.Module, str, Any]]
+    layers: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)  # attributes of torch's own
+    bound: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def attributes(self) -> list[tuple[nn.Module, str, Any]]:
+        return self.layers + self.bound
 
     def shrinks(self, slot: int) -> bool:
         return any(index is not None for index in self.kept[slot])
@@ -159,9 +164,14 @@ def make(graph: ChannelGraph, keep: torch.Tensor) -> Plan:
         return indices[id(axis)]
 
     kept = [[live(axis) for axis in slot.axes] for slot in graph.slots]
-    plan = Plan(graph, keep, kept, [])
-    plan.attributes = _attributes(graph, plan)
-    return plan
+    plan = Plan(graph, keep, kept)
+    plan.layers = _attributes(graph, plan)
+    return bound_anew(plan)
+
+
+def bound_anew(plan: Plan) -> Plan:
+    """The same cut with the bindings that the graph has by now."""
+    return dataclasses.replace(plan, bound=_bound(plan.graph, plan))
 
 
 def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:
@@ -185,7 +195,7 @@ def _attributes(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, A
         for attribute, value in widths.items():
             if getattr(module, attribute) != value:
                 changes.append((module, attribute, value))
-    return changes + _bound(graph, plan)
+    return changes
 
 
 def _bound(graph: ChannelGraph, plan: Plan) -> list[tuple[nn.Module, str, Any]]:
@@ -237,6 +247,7 @@ _KNOWN = {
     nn.RNNBase: ("input_size", "hidden_size", "proj_size"),
     nn.PReLU: ("num_parameters",),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.MultiheadAttention: ("embed_dim", "kdim", "vdim", "num_heads", "head_dim"),
 }
 
 
@@ -268,6 +279,19 @@ def _widths(module: nn.Module, weight: tuple | None, scalars: dict[int, int], ne
         return {"input_size": inputs[1], "hidden_size": hidden[1]}
     if isinstance(module, nn.PReLU) and weight is not None:
         return {"num_parameters": weight[0]}
+    if isinstance(module, nn.MultiheadAttention):
+        return _widths_of_attention(module, new_shape)
     if isinstance(module, nn.Embedding) and weight is not None:
         return {"num_embeddings": weight[0], "embedding_dim": weight[1]}
     return {}
+
+
+def _widths_of_attention(module: nn.MultiheadAttention, new_shape: dict) -> dict[str, int]:
+    """Heads go whole: their width is the scale of the scores."""
+    if module.in_proj_weight is not None:
+        rows, query = new_shape[id(module), "in_proj_weight"]
+        rows, key, value = rows // 3, query, query
+    else:
+        rows, query = new_shape[id(module), "q_proj_weight"]
+        key, value = (new_shape[id(module), f"{name}_proj_weight"][1] for name in "kv")
+    return {"embed_dim": query, "kdim": key, "vdim": value, "num_heads": max(1, rows // module.head_dim)}

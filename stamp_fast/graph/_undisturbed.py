@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import sys
 from collections.abc import Iterator
 from operator import is_
@@ -32,6 +33,20 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         prefix = name + "." if name else ""
         todo += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
     return found
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Recordings are many small objects and hardly a cycle: a collection among them costs more than all of a replay,
+    the more so the more the process holds besides.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclasses.dataclass

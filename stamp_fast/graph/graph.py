@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._load import graph_core
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError
 from . import _compact, _plan, _record, _replay, _settle
+from ._bindings import Binding
+from ._model import layer_of, owners, places, unwrapped
 from ._optimizers import Optimizers
 from ._strict import check_strict
-from ._undisturbed import emptied, named_modules
+from ._ties import Tie
+from ._undisturbed import collection_paused, emptied
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -74,20 +76,20 @@ class ChannelGraph:
         self.model = model
         self.recording = recording
         self.example = example
-        self.bindings: list[_settle.Binding] = []
-        self.ties: list[_settle.Tie] = []
+        self.bindings: list[Binding] = []
+        self.ties: list[Tie] = []
         self.survivors: dict[int, int] = {}  # reshape that splits channels -> axis of it that survives, if not ours
         self.calls_by_module: dict[str, list[_record.Call]] | None = None  # made when something has to be mended
         self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
         self.protected: dict[str, str] = {}  # names given to `protect`, each with its reason
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
-        owners = _owners(model)
-        self._owners = [owners[id(t)] for t in _record.slot_tensors(model).values()]
+        owned = owners(model)
+        self._owners = [owned[id(t)] for t in _record.slot_tensors(model).values()]
         self._is_parameter = [places[0][1] in places[0][0]._parameters for places in self._owners]
         self._calls = [(c.name, c.args, c.outs) for c in recording.calls]
         self.rebuild([])
 
-    def rebuild(self, ties: list[_settle.Tie], survivors: dict[int, int] | None = None) -> None:
+    def rebuild(self, ties: list[Tie], survivors: dict[int, int] | None = None) -> None:
         """Groups channels anew, with dims tied that have to stay equally wide. Kept groups stay kept."""
         self.ties = list(ties)
         self.survivors = self.survivors if survivors is None else survivors
@@ -151,7 +153,7 @@ class ChannelGraph:
     def output_parameters(self) -> list[nn.Parameter]:
         """Parameters of the layers whose channels are the model's output: its head."""
         names = {group.name for group in self.frozen if group.reason and group.reason.startswith("output of the model")}
-        return [s.tensor for s in self.slots if s.is_parameter and _layer(s.name) in names]
+        return [s.tensor for s in self.slots if s.is_parameter and layer_of(s.name) in names]
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +161,7 @@ class ChannelGraph:
 
     def _group(self, group: Any, reason: str | None) -> Group:
         name = self.recording.slots[group.slot]
-        module = _layer(name)
+        module = layer_of(name)
         classes = slice(group.first_class, group.first_class + group.num_classes)
         return Group(module, group.channels, classes, reason)
 
@@ -177,7 +179,7 @@ class ChannelGraph:
                     continue
                 found = torch.searchsorted(starts, axis[axis >= 0].unique(), right=True) - 1
                 for group in found.unique().tolist():
-                    name = _layer(slot.name)
+                    name = layer_of(slot.name)
                     if name not in members[group]:
                         members[group].append(name)
         return members
@@ -187,7 +189,7 @@ class ChannelGraph:
         listed = {name for names in self.layers() for name in names} | {group.name for group in self.frozen}
         rest: dict[str, Group] = {}
         for i, slot in enumerate(self.slots):
-            name = _layer(slot.name)
+            name = layer_of(slot.name)
             if slot.is_parameter and len(slot.axes) > 1 and name not in listed and name not in rest:
                 event = self._core.freeze_event(i, 0)
                 channels = self.recording.shapes[i][0]
@@ -226,13 +228,13 @@ class ChannelGraph:
             raise ArgumentError(f"keep: expected a list of module or parameter names, got {names!r}")
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in names:
-            places = _places(modules, name)
-            if not places:
+            named = places(modules, name)
+            if not named:
                 raise ArgumentError(f"keep: the model has no module or parameter named '{name}'")
             self.protected[name] = reason
             for i, slot in enumerate(self.slots):
                 # By any of its names: a tied weight has one for each layer that uses it.
-                if any(module in places or (module, key) in places for module, key in slot.owners):
+                if any(module in named or (module, key) in named for module, key in slot.owners):
                     for dim, axis in enumerate(slot.axes):
                         self._kept.append((i, dim, slice(None), reason))
                         self._protect_classes(axis, reason)
@@ -317,6 +319,7 @@ class ChannelGraph:
         found = {g for t in (*call.outs, *_record.refs_in(call.args)) for g in self._core.groups_of(t)}
         return [g for g in sorted(found) if not bool(keep[self.groups[g].classes].all())]
 
+    @collection_paused()
     def settle(self, strict: bool = False) -> None:
         """Mends what a smaller network would trip over: sizes that the forward holds in attributes or literals.
 
@@ -343,6 +346,7 @@ class ChannelGraph:
         """What `keep` means for every parameter, buffer and module attribute. Changes nothing."""
         return _plan.make(self, self.checked(keep))
 
+    @collection_paused()
     def check(self, keep: torch.Tensor) -> None:
         """Replays the smaller network on meta tensors (DESIGN 3.4). Changes nothing.
 
@@ -351,6 +355,7 @@ class ChannelGraph:
         """
         _replay.check(self, self.plan(keep))
 
+    @collection_paused()
     def compact(
         self,
         keep: torch.Tensor,
@@ -457,37 +462,6 @@ def _as_mask(keep: Any) -> torch.Tensor:
     return values.bool()
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in named_modules(model).values():
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if tensor is not None:
-                    owners.setdefault(id(tensor), []).append((module, key))
-    return owners
-
-
-def _places(modules: dict[str, nn.Module], name: str) -> set:
-    """The modules within the module of that name, or (module, key) of the parameter or buffer; empty for neither."""
-    if not name:
-        return set()
-    if name in modules:
-        return set(modules[name].modules())
-    owner, _, key = str(name).rpartition(".")
-    module = modules.get(owner)
-    tensors = {} if module is None else module._parameters | module._buffers
-    if tensors.get(key) is not None:
-        return {(module, key)}
-    layer, is_numbered, _ = str(name).rpartition("#")  # `_make_unique`
-    return _places(modules, layer) if is_numbered else set()
-
-
-def _layer(parameter: str) -> str:
-    """The layer that a parameter belongs to, be it parametrized or not."""
-    layer, parametrized, _ = parameter.partition(".parametrizations")
-    return layer if parametrized else parameter.rpartition(".")[0] or parameter
-
-
 def _make_unique(groups: list[Group]) -> None:
     counts: dict[str, int] = {}
     for group in groups:
@@ -499,6 +473,7 @@ def _make_unique(groups: list[Group]) -> None:
             group.name = f"{group.name}#{seen[group.name]}"
 
 
+@collection_paused()
 def trace(model: nn.Module, example: Any) -> ChannelGraph:
     """Runs the model once on meta tensors and finds out which channels live or die together.
 
@@ -513,37 +488,3 @@ def trace(model: nn.Module, example: Any) -> ChannelGraph:
     """
     model = unwrapped(model)
     return ChannelGraph(model, example, _record.record(model, example))
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """The module whose parameters can be cut: the original of a compiled one."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    original = getattr(model, "_orig_mod", None)
-    if isinstance(original, nn.Module):
-        return original
-    for name, module in named_modules(model).items():
-        if isinstance(module, torch.jit.ScriptModule):
-            what = f"'{name}' is a ScriptModule, which" if name else "a ScriptModule"
-            raise ModelError(f"model: {what} cannot be pruned; prune the original module and script it again")
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            what = f"'{name}' is" if name else "is"
-            raise ModelError(
-                f"model: {what} wrapped in {type(module).__name__}; prune `model.module`, then wrap it again"
-            )
-        for key, tensor in module._parameters.items():
-            if tensor is not None and not isinstance(tensor, nn.Parameter):
-                # A cut would go with what stands in for the parameter, and leave its marks on the module.
-                raise ModelError(
-                    f"model: another tensor stands for the parameter '{name + '.' if name else ''}{key}' for a while; "
-                    "leave `graph.masked` or `functional_call` first"
-                )
-    for name, parameter in _record.slot_tensors(model).items():
-        if is_traceable_wrapper_subclass(parameter.data):
-            raise ModelError(
-                f"model: parameter '{name}' is a {type(parameter.data).__name__}, sharded or quantised; prune before "
-                "that is done to the model"
-            )
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ModelError(f"model: parameter '{name}' is lazy and has no shape yet; run one forward first")
-    return model
