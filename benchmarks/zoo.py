@@ -3,6 +3,8 @@
     python -m benchmarks.zoo                          # everything, with Torch-Pruning beside it; an hour or more
     python -m benchmarks.zoo --only 'resnet*' --no-peers --results /tmp/resnets.jsonl
 
+    python -m benchmarks.zoo --add-peers              # times alone, for rows that have none of Torch-Pruning
+
 Results are appended to a JSON-lines file as they come; `--resume` goes on where a sweep was interrupted.
 """
 
@@ -31,10 +33,16 @@ from .zoo_models import ZooModel, choose_timm, zoo
 _RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
 
 
-def steps(entry: ZooModel, times: bool = False, peers: bool = False) -> Iterator[dict[str, Any]]:
-    """Everything that is done with one network, in this process; yields what is known as it becomes known."""
+def steps(
+    entry: ZooModel, times: bool = False, peers: bool = False, checked: dict[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Everything that is done with one network, in this process; yields what is known as it becomes known.
+
+    Args:
+        checked: what an earlier run has found out: only times are taken.
+    """
     torch.set_num_threads(1)
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = dict(checked or {})
 
     def guarded(work: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         try:
@@ -46,7 +54,8 @@ def steps(entry: ZooModel, times: bool = False, peers: bool = False) -> Iterator
             known["error"] = f"{known['stage']}: {type(error).__name__}: {line}"
             yield {"error": known["error"]}
 
-    yield from guarded(zoo_check.examine(entry))
+    if checked is None:
+        yield from guarded(zoo_check.examine(entry))
     if times and "shape" in known:
         yield from guarded(zoo_time.compare(entry, known, peers))
 
@@ -59,11 +68,13 @@ def _work(channel: Connection, *what: Any) -> None:
         channel.send(None)
 
 
-def run(entry: ZooModel, context: Any, options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    entry: ZooModel, context: Any, options: argparse.Namespace, checked: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What is known of a network when its process has ended, of itself or because its time was up."""
-    record: dict[str, Any] = {"family": entry.family, "name": entry.name, "stage": "start"}
+    record: dict[str, Any] = checked or {"family": entry.family, "name": entry.name, "stage": "start"}
     receiver, sender = context.Pipe(duplex=False)
-    what = (entry, not options.no_times, not options.no_peers)
+    what = (entry, not options.no_times, not options.no_peers, checked)
     process = context.Process(target=_work, args=(sender, *what), daemon=True)
     process.start()
     sender.close()
@@ -110,6 +121,24 @@ def _sweep(entries: list[ZooModel], options: argparse.Namespace) -> None:
         print(line[:200], flush=True)
 
 
+def _add_peers(entries: list[ZooModel], options: argparse.Namespace) -> None:
+    """Runs Torch-Pruning beside ours on what was checked without it; every row is put back as it comes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.zoo_time", "torch_pruning"])
+    first, *lines = options.results.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    wanted = {(entry.family, entry.name): entry for entry in entries}
+    for number, record in enumerate(records):
+        entry = wanted.get((record["family"], record["name"]))
+        if entry is None or "peer" in record or "error" in record:
+            continue
+        records[number] = run(entry, context, options, record)
+        temporary = options.results.with_suffix(".tmp")
+        temporary.write_text("\n".join([first, *map(json.dumps, records)]) + "\n")
+        temporary.replace(options.results)
+        print(f"{entry.family}: {entry.name} [Torch-Pruning: {records[number]['peer']['verdict']}]", flush=True)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", default="*", help="networks whose name matches, such as 'resnet*'")
@@ -118,6 +147,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-time-limit", type=float, default=60, metavar="S", help="Torch-Pruning (default: 60)")
     parser.add_argument("--no-times", action="store_true", help="only the checks")
     parser.add_argument("--no-peers", action="store_true", help="without Torch-Pruning")
+    parser.add_argument("--add-peers", action="store_true", help="only Torch-Pruning, for rows that lack it")
     parser.add_argument("--resume", action="store_true", help="leave out what the results already hold")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="JSON lines (default: %(default)s)")
     parser.add_argument("--table", type=Path, help="write the results as Markdown")
@@ -141,7 +171,10 @@ def main() -> None:
         print("\n".join(f"{entry.family}: {entry.name}" for entry in entries))
         return
     options.results.parent.mkdir(exist_ok=True)
-    if options.resume and options.results.exists():
+    if options.add_peers:
+        _add_peers(entries, options)
+        entries = []
+    elif options.resume and options.results.exists():
         done = {(record["family"], record["name"]) for record in zoo_table.read(options.results)[1]}
         entries = [entry for entry in entries if (entry.family, entry.name) not in done]
     else:
