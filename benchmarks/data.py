@@ -7,6 +7,7 @@ torchvision's loader with a folder) and scikit-learn's digits.
 from __future__ import annotations
 
 import functools
+import gzip
 from pathlib import Path
 
 import torch
@@ -37,22 +38,30 @@ def reference(copies: int = _COPIES) -> TensorDataset:
 
 def fashion(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
     """Fashion-MNIST, padded to 32 x 32. `root`: a folder for torchvision, which downloads what is not there."""
-    from torchvision.datasets import FashionMNIST, mnist
-
     parts = []
     for train in (True, False):
         if root is None:
             name = "train" if train else "t10k"
-            images, labels = (
-                mnist.read_sn3_pascalvincent_tensor(str(_DEBIAN / f"{name}-{what}-ubyte.gz"))
-                for what in ("images-idx3", "labels-idx1")
-            )
+            images = _idx(f"{name}-images-idx3-ubyte.gz", 16).view(-1, 28, 28)
+            labels = _idx(f"{name}-labels-idx1-ubyte.gz", 8)
         else:
+            from torchvision.datasets import FashionMNIST
+
             found = FashionMNIST(root, train=train, download=True)
             images, labels = found.data, found.targets
         images = F.pad(images[:, None].float() / 255, (2, 2, 2, 2))
         parts.append(TensorDataset(images.expand(-1, 3, -1, -1), labels.long()))
     return parts[0], parts[1]
+
+
+def _idx(name: str, header: int) -> Tensor:
+    """The bytes of one of the data set's files."""
+    path = _DEBIAN / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: install Debian's dataset-fashion-mnist, or pass root="
+        )
+    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=header)
 
 
 def handwritten(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
