@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["CifarResNet", "cifar_resnet18", "randomise", "widths_of"]
+__all__ = ["CifarResNet", "CifarVGG", "cifar_resnet18", "cifar_vgg", "randomise", "widths_of"]
 
 
 class BasicBlock(nn.Module):
@@ -66,6 +66,31 @@ def cifar_resnet18(
     if len(inner) != 2 * len(widths):
         raise ValueError(f"cifar_resnet18: expected {2 * len(widths)} inner widths, got {len(inner)}")
     return CifarResNet(widths, inner, classes)
+
+
+class CifarVGG(nn.Module):
+    """Eight 3 x 3 convolutions with batch norm, in pairs; each pair halves the image and the next is twice as wide."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        channels = 3
+        for stage in range(4):
+            for _ in range(2):
+                out = width << stage
+                self.features.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
+                self.features.extend([nn.BatchNorm2d(out), nn.ReLU()])
+                channels = out
+            self.features.append(nn.MaxPool2d(2))
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def cifar_vgg(width: int = 64, classes: int = 10) -> CifarVGG:
+    """VGG-11-like network for (batch, 3, 32, 32) images; `width` channels in the first pair."""
+    return CifarVGG(width, classes)
 
 
 def widths_of(model: CifarResNet) -> dict[str, list[int]]:

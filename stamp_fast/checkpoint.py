@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ._files import opened, real_path, write
 from .errors import ArgumentError, CheckpointError
 from .graph import _history
 from .graph._snapshot import replace_data
@@ -34,10 +30,6 @@ from .pruning_plan import (
     tensors,
 )
 
-# safetensors allows 100 MB; those of real networks have a few hundred kB.
-_LARGEST_HEADER = 32 << 20
-_DIGEST_KEY = b'"sha256":"'
-_NO_DIGEST = b"0" * 64
 _STATE = ("tied", "shared", "frozen", "eval", "memory_format")
 _FORMATS = {"channels_last": (torch.channels_last, 4), "channels_last_3d": (torch.channels_last_3d, 5)}
 
@@ -58,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         ModelError: scripted or lazy modules.
     """
     network = original(model)
-    target = _path(path)
+    target = real_path(path)
     for name, module in modules(network):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(f"save: '{name}' has extra state of its own, which a file without pickle cannot hold")
@@ -91,7 +83,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     state["frozen"] = [n for n, t in named.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
     state["eval"] = [name for name, module in modules(network) if not module.training]
     metadata = {"format": "pt", "plan": plan_of(network).to_json(), "state": json.dumps(state, separators=(",", ":"))}
-    _write(_apart(stored), metadata, target)
+    write(_apart(stored), metadata, target)
 
 
 def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.PathLike) -> nn.Module:
@@ -109,18 +101,18 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
         CheckpointError: no such file, damaged, not written by `save`, or of another network; the message says what is
             wrong, and the model is as it was.
     """
-    file = _path(path)
+    file = real_path(path)
     model = model_or_factory if isinstance(model_or_factory, nn.Module) else _made(model_or_factory)
     network = original(model)
-    with _errors_name("load", file), _opened(file) as opened:
-        plan = PruningPlan.from_json(opened.metadata()["plan"])
-        state = _checked_state(opened.metadata()["state"])
+    with _errors_name("load", file), opened(file, {"plan", "state"}, "stamp_fast.save") as content:
+        plan = PruningPlan.from_json(content.metadata()["plan"])
+        state = _checked_state(content.metadata()["state"])
         pruned_alike = _same_cut(network, plan)
         if not pruned_alike:
             plan.check_fits(network)
         # Where the values of a name are stored: a tensor may be tied to one that shares its memory with a third.
         source = {name: state["shared"].get(other, other) for name, other in state["tied"].items()} | state["shared"]
-        data = _read(opened, network, plan, state, source)
+        data = _read(content, network, plan, state, source)
         _check_names(network, plan, state, source, data)
     with all_or_nothing(network):
         _fill(network, state, source, data)
@@ -135,19 +127,12 @@ def load_plan(path: str | os.PathLike) -> PruningPlan:
     Raises:
         CheckpointError: as for `load`.
     """
-    file = _path(path)
-    with _errors_name("load_plan", file), _opened(file) as opened:
-        return PruningPlan.from_json(opened.metadata()["plan"])
+    file = real_path(path)
+    with _errors_name("load_plan", file), opened(file, {"plan", "state"}, "stamp_fast.save") as content:
+        return PruningPlan.from_json(content.metadata()["plan"])
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
-def _path(path: Any) -> str:
-    try:
-        return os.path.realpath(os.fsdecode(path))
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"path: expected a str or os.PathLike, got {path!r}") from error
-
-
 def _made(factory: Any) -> nn.Module:
     if not callable(factory):
         raise ArgumentError(f"load: expected a module or a function that makes one, got {type(factory).__name__}")
@@ -178,79 +163,6 @@ def _apart(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _write(stored: dict[str, torch.Tensor], metadata: dict[str, str], target: str) -> None:
-    folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".stamp_fast-{secrets.token_hex(8)}.tmp")
-    try:
-        # The digest covers every byte of the file, itself as zeros.
-        save_file(stored, temporary, {**metadata, "sha256": _NO_DIGEST.decode()})
-        with open(temporary, "r+b", buffering=0) as file:
-            position, _, digest = _digest(file)
-            file.seek(position)
-            file.write(digest)
-            file.flush()
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(target, temporary)
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the new name, too, shall outlive a power cut
-        finally:
-            os.close(descriptor)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, (OSError, SafetensorError, ValueError)):
-            raise CheckpointError(f"save: cannot write '{target}': {error}") from error
-        raise
-
-
-@contextlib.contextmanager
-def _opened(file: str) -> Iterator[Any]:
-    """The safetensors file, its digest checked."""
-    need(os.path.exists(file), "there is no such file")
-    need(os.path.isfile(file), "is not a file")
-    try:
-        with open(file, "rb", buffering=0) as raw:
-            _, written, computed = _digest(raw)
-            need(written == computed, "is damaged: its checksum is not that of its content")
-            handle = safe_open(file, framework="pt")
-            # It opens the file by its name, which may be that of another one by now.
-            need(os.path.samestat(os.fstat(raw.fileno()), os.stat(file)), "was replaced while it was read")
-        metadata = handle.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}") from error
-    with handle:
-        need({"plan", "state"} <= metadata.keys(), "was not written by stamp_fast.save")
-        yield handle
-
-
-def _digest(file: BinaryIO) -> tuple[int, bytes, bytes]:
-    """Where the digest stands, what stands there, and what should: SHA-256 of the whole file with zeros in its place.
-
-    Raises:
-        CheckpointError: not a safetensors file, or one that `save` has not written.
-    """
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    rest = os.fstat(file.fileno()).st_size - 8
-    need(rest >= 0 and 2 <= length <= rest, "is not a safetensors file, or cut off")
-    need(length <= _LARGEST_HEADER, f"has a header of {length} bytes, at most {_LARGEST_HEADER} are read")
-    header = file.read(length)
-    # In JSON text inside of the header the quotes are escaped, so this is the key itself.
-    position = header.find(_DIGEST_KEY) + len(_DIGEST_KEY)
-    need(header[:1] == b"{", "is not a safetensors file")
-    if _DIGEST_KEY not in header:
-        raise CheckpointError(
-            "was not written by stamp_fast.save; read other safetensors files with safetensors.torch.load_file"
-        )
-    found = header[position : position + len(_NO_DIGEST)]
-    digest = hashlib.sha256(start + header[:position] + _NO_DIGEST + header[position + len(found) :])
-    hashlib.file_digest(file, lambda: digest)
-    return 8 + position, found, digest.hexdigest().encode()
-
-
 # --- its content ----------------------------------------------------------------------------------------------------
 def _checked_state(text: str) -> dict[str, Any]:
     state = parsed(text, "state", _STATE)
@@ -273,16 +185,16 @@ def _same_cut(network: nn.Module, plan: PruningPlan) -> bool:
 
 
 def _read(
-    opened: Any, network: nn.Module, plan: PruningPlan, state: dict[str, Any], source: dict[str, str]
+    content: Any, network: nn.Module, plan: PruningPlan, state: dict[str, Any], source: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the file, checked, in memory of its own, on the device of the one it is for."""
     named = tensors(network)
     caches = non_persistent(network)
     data = {}
-    for name in opened.keys():  # noqa: SIM118  (not a dict)
+    for name in content.keys():  # noqa: SIM118  (not a dict)
         need(name not in source, f"'{name}' is stored and tied to another tensor as well")
         try:
-            tensor = opened.get_tensor(name)
+            tensor = content.get_tensor(name)
         except Exception as error:  # whatever a reader makes of a dtype that torch does not have
             raise CheckpointError(f"'{name}' cannot be read: {error}") from error
         old = named.get(name)

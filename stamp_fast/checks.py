@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from .budget import Budget, check_round_to, minimum_width
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
 from .graph._optimizers import listed
+from .stamp import MaskGenerator
 
 
 def check_arguments(
@@ -30,8 +32,8 @@ def check_arguments(
         raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
     if not isinstance(method, str) or method not in methods:
         raise ArgumentError(f"method: must be one of {', '.join(methods)}, got {method!r}")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ArgumentError(f"steps: must be a whole number of at least 1, got {steps!r}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ArgumentError(f"steps: must be a whole number, got {steps!r}")
     check_round_to(round_to)
     if not isinstance(keep, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in keep):
         raise ArgumentError(f"keep: expected a list of module or parameter names, got {keep!r}")
@@ -45,6 +47,24 @@ def check_arguments(
     if torch.is_inference_mode_enabled():
         raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
     listed(optimizer)
+
+
+def check_generator(generator: Any, method: str, steps: int) -> MaskGenerator | None:
+    """The generator, read from its file if that was given.
+
+    Raises:
+        ArgumentError: no generator, one for another method, or no step without one.
+        CheckpointError: the file cannot be read.
+    """
+    if isinstance(generator, (str, os.PathLike)):
+        generator = MaskGenerator.load(generator)
+    if generator is not None and not isinstance(generator, MaskGenerator):
+        raise ArgumentError(f"generator: expected a MaskGenerator or the file of one, got {type(generator).__name__}")
+    if generator is not None and method != "stamp":
+        raise ArgumentError(f"generator: is for method 'stamp', not for '{method}'")
+    if generator is None and method == "stamp" and steps < 1:
+        raise ArgumentError("steps: must be at least 1 where no generator= says which channels matter")
+    return generator
 
 
 def check_model(model: nn.Module) -> torch.device:

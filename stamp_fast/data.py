@@ -87,6 +87,12 @@ class Batches:
             "dict of inputs) of one forward"
         )
 
+    def labels(self) -> torch.Tensor | None:
+        """Class indices of the first batch, where that is what its second part holds."""
+        targets = self.first[1] if isinstance(self.first, (tuple, list)) and len(self.first) == 2 else None
+        is_classes = isinstance(targets, torch.Tensor) and targets.dim() == 1 and not targets.is_floating_point()
+        return targets if is_classes else None
+
     def size(self) -> int:
         """Examples in the data set, as far as the loader says; else in the first batch."""
         try:

@@ -12,7 +12,7 @@ from . import importance
 from .budget import Budget
 from .data import Batches, LossFn
 from .graph import ChannelGraph
-from .stamp import adapt
+from .stamp import MaskGenerator, Settings, adapt, unconditional
 
 _TAYLOR_BATCHES = 8
 # Global rankings may starve a layer on a handful of batches: this fraction of every group stays.
@@ -30,6 +30,8 @@ class Request:
     budget: Budget
     steps: int
     seed: int | None
+    generator: MaskGenerator | None
+    labels: torch.Tensor | None  # classes of the inputs, where they are known
     on_step: Callable[[], None]
 
 
@@ -48,15 +50,21 @@ def _stamp(request: Request) -> Ranking:
         generator.manual_seed(request.seed)
     else:
         generator.seed()
+    if request.generator is None:
+        gates, settings = unconditional(request.graph, request.inputs), Settings()
+    else:
+        gates = request.generator.gates(request.graph, request.inputs, request.labels, request.budget)
+        settings = Settings(mode=request.generator.mode)
     scores = adapt(
         request.graph,
-        request.inputs,
+        gates,
         request.batches.take,
         request.loss_fn,
         request.budget,
         steps=request.steps,
         set_size=request.batches.size(),
         generator=generator,
+        settings=settings,
         on_step=request.on_step,
     )
     return Ranking(scores, "global", _FLOOR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ._phases import Phases, in_mode
 from .budget import Budget
-from .checks import check_arguments, check_model, check_prunable
+from .checks import check_arguments, check_generator, check_model, check_prunable
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
 from .errors import ArgumentError, CompactionError, LoaderError
 from .graph import ChannelGraph, trace
@@ -23,7 +24,9 @@ from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored, uncompiled
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
+from .reconstruct import reconstruct
 from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
+from .stamp import MaskGenerator
 from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
@@ -36,8 +39,10 @@ def prune(
     *,
     budget: Budget = Budget(macs=0.5),  # noqa: B008  (frozen)
     method: str = "stamp",
+    generator: MaskGenerator | str | PathLike | None = None,
     steps: int = 20,
     loss_fn: LossFn | None = None,
+    reconstruction: bool = False,
     optimizer: Optimizers = None,
     example: Any = None,
     keep: Collection[str] = (),
@@ -55,9 +60,12 @@ def prune(
         budget: fractions of the dense network that may stay.
         method: "stamp" (gates and weights trained jointly for `steps` steps), "taylor", "magnitude", "bn_scale",
             "random".
-        steps: batches that method "stamp" trains on.
+        generator: for method "stamp", meta-learned for this network by `stamp.meta_train`, or the file it was saved to.
+        steps: batches that method "stamp" trains on; with a generator 0 will do, too.
         loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets. It may need the
             model in training mode, like the losses of a detector: sum(model(*batch).values()).
+        reconstruction: folds what is removed into the weights that read what stays, by least squares on the first
+            batch.
         optimizer: one or several; their state is cut along with the parameters. For an average of the weights pass
             both to `ChannelGraph.compact` instead.
         example: what one forward takes (tensor, tuple or dict; first dim = batch, or a list of images in a tuple),
@@ -79,8 +87,18 @@ def prune(
             message names the culprit, and model and optimizer are as they were.
     """
     check_arguments(
-        budget, method, METHODS, steps, round_to, keep, optimizer, seed, loss_fn, {"strict": strict, "verify": verify}
+        budget,
+        method,
+        METHODS,
+        steps,
+        round_to,
+        keep,
+        optimizer,
+        seed,
+        loss_fn,
+        {"strict": strict, "verify": verify, "reconstruction": reconstruction},
     )
+    generator = check_generator(generator, method, steps)
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
@@ -99,13 +117,22 @@ def prune(
                 graph.protect(keep)
                 graph.settle(strict)
                 check_prunable(graph)
+                if generator is not None:
+                    generator.check_fits(graph)
                 dense = _copy(network)
             # A cache that is filled here would make the smaller network run other operators than the trace.
             with phases("score"), attributes_restored(network), in_mode(network, training=True):
-                ranked = METHODS[method](Request(graph, batches, inputs, loss_fn, budget, steps, seed, phases.advance))
+                labels = batches.labels() if example is None else None
+                request = Request(
+                    graph, batches, inputs, loss_fn, budget, steps, seed, generator, labels, phases.advance
+                )
+                ranked = METHODS[method](request)
             with in_mode(network, training=False):
                 examples = some_examples(inputs, 8) if verify else None
-                kept, verified = _select_and_cut(graph, ranked, budget, round_to, optimizer, strict, examples, phases)
+                folds = inputs if reconstruction else None
+                kept, verified = _select_and_cut(
+                    graph, ranked, budget, round_to, optimizer, strict, folds, examples, phases
+                )
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
@@ -137,6 +164,7 @@ def _select_and_cut(
     round_to: int | None,
     optimizer: Any,
     strict: bool,
+    folds: Any,
     examples: Any,
     phases: Phases,
 ) -> tuple[torch.Tensor, Verification | None]:
@@ -144,6 +172,14 @@ def _select_and_cut(
     while True:
         with phases("cut"):
             kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+        if folds is not None:
+            try:
+                with phases("cut"):
+                    graph.check(kept)  # weights are folded for one choice only: it has to be the last
+                    reconstruct(graph, kept, folds)
+            except CompactionError as fixed:
+                _keep_fixed(graph, fixed, strict)
+                continue
         verified = None
         if examples is not None:
             with phases("verify"):
@@ -153,15 +189,19 @@ def _select_and_cut(
                 dense = Snapshot(graph.model, optimizer)
                 graph.compact(kept, optimizer=optimizer)
         except CompactionError as fixed:
-            if strict or not fixed.groups:
-                raise
-            graph.keep_groups(fixed.groups, fixed.reason)
+            _keep_fixed(graph, fixed, strict)
             continue
         if verified is not None:
             with phases("verify"):
                 if not verified.compare(dense):
                     graph.compact(kept, optimizer=optimizer)
         return kept, verified
+
+
+def _keep_fixed(graph: ChannelGraph, fixed: CompactionError, strict: bool) -> None:
+    if strict or not fixed.groups:
+        raise fixed
+    graph.keep_groups(fixed.groups, fixed.reason)
 
 
 def _measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn) -> list[StepCost] | None:

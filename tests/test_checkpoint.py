@@ -307,7 +307,7 @@ def test_file_replaced_between_its_check_and_its_reading(monkeypatch, tmp_path):
         os.replace(other, checked)
         return safe_open(path, framework)
 
-    monkeypatch.setattr("stamp_fast.checkpoint.safe_open", replaced)
+    monkeypatch.setattr("stamp_fast._files.safe_open", replaced)
     before = model.weight.clone()
     with pytest.raises(CheckpointError, match="replaced while it was read"):
         stamp_fast.load(model, checked)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from reference.networks import Residual
 from reference.saved import pruned
 from reference.state import Frozen
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import stamp_fast
-from stamp_fast import ArgumentError, CheckpointError, PruningPlan, checkpoint
+from stamp_fast import ArgumentError, CheckpointError, PruningPlan, _files
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,9 @@ class Bomb:
 def test_files_of_other_kinds(small, tmp_path):
     _, content, model = small
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign", {"format": "pt"})
-    refuse(tmp_path / "foreign", model, "was not written by stamp_fast.save")
+    refuse(tmp_path / "foreign", model, "was not written by stamp_fast")
     save_file({"sha256": torch.zeros(2)}, tmp_path / "foreign", {"plan": "{}", "state": '"sha256":"' + 64 * "0"})
-    refuse(tmp_path / "foreign", model, "was not written by stamp_fast.save")
+    refuse(tmp_path / "foreign", model, "was not written by stamp_fast")
     buffer = io.BytesIO()
     torch.save(model, buffer)
     for name, other in (("zip", buffer.getvalue()), ("pickle", pickle.dumps(Bomb())), ("text", b"x" * 999)):
@@ -107,7 +108,7 @@ def forged(path: Path, change, tensors=None) -> None:
     """Another plan, state and tensors under a checksum that is right."""
     model = pruned(lambda: Residual(width=2))
     stamp_fast.save(model, path)
-    with checkpoint.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     plan, state = json.loads(metadata["plan"]), json.loads(metadata["state"])
@@ -116,7 +117,7 @@ def forged(path: Path, change, tensors=None) -> None:
     texts = {"plan": plan, "state": state}
     texts = {key: text if isinstance(text, str) else json.dumps(text) for key, text in texts.items()}
     stored.update(tensors or {})
-    checkpoint._write({k: v for k, v in stored.items() if v is not None}, {**metadata, **texts}, str(path))
+    _files.write({k: v for k, v in stored.items() if v is not None}, {**metadata, **texts}, str(path))
 
 
 def put_in(*keys_and_value):

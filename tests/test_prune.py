@@ -410,7 +410,7 @@ UNUSABLE = {
     ),
     "method-none": Unmade(lambda m: {"loader": GOOD(), "method": None}, ArgumentError, "method"),
     "method-list": Unmade(lambda m: {"loader": GOOD(), "method": ["stamp"]}, ArgumentError, "method"),
-    "steps-zero": Unmade(lambda m: {"loader": GOOD(), "steps": 0}, ArgumentError, "steps: .* 0"),
+    "steps-zero": Unmade(lambda m: {"loader": GOOD(), "steps": 0}, ArgumentError, "steps: must be at least 1"),
     "steps-text": Unmade(lambda m: {"loader": GOOD(), "steps": "many"}, ArgumentError, "steps"),
     "round-to-zero": Unmade(lambda m: {"loader": GOOD(), "round_to": 0}, ArgumentError, "round_to: .* 0"),
     "keep-typo": Unmade(lambda m: {"loader": GOOD(), "keep": ["conv1", "covn2"]}, ArgumentError, "keep: .*'covn2'"),

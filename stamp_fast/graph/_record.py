@@ -218,9 +218,13 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def evaluate(model: nn.Module, inputs: Any, mode: Aligned | None = None) -> Any:
-    """The model's output in eval mode, under a dispatch mode if given; model and inputs are left as found."""
-    with undisturbed(model):
+def evaluate(model: nn.Module, inputs: Any, mode: Aligned | None = None, grad: bool = False) -> Any:
+    """The model's output in eval mode, under a dispatch mode if given; model and inputs are left as found.
+
+    Args:
+        grad: with gradients, those of inputs and parameters that require them.
+    """
+    with undisturbed(model), torch.set_grad_enabled(grad):
         model.eval()
         if mode is None:
             return call_model(model, fresh(inputs))

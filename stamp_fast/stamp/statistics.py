@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..graph import _record
 from ..graph._align import Aligned
+from ..graph._plan import swapped
 from ..graph._record import Ref
 
 if TYPE_CHECKING:
     from ..graph import ChannelGraph
 
 
+def image_means(graph: ChannelGraph, inputs: Any, grad: bool = False) -> torch.Tensor:
+    """Per image and class, the mean activation that the class's readers see: float32, [images, num_classes].
+
+    One eval-mode forward. NaN where nothing reads the class. An activation whose first dim is not the batch counts as
+    the same for all images.
+
+    Args:
+        grad: differentiable in the inputs; all activations that are read stay in memory for it.
+    """
+    images = next(t.shape[0] for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.dim())
+    mode = _Readings(graph, images, grad)
+    with _copies(graph) if grad else nullcontext():
+        _record.evaluate(graph.model, inputs, mode, grad)
+    sums = torch.zeros(images, graph.num_classes, dtype=torch.float32)
+    counts = torch.zeros(graph.num_classes, dtype=torch.float32)
+    for read, classes in mode.read:
+        live = classes >= 0
+        # What is computed in a dispatch mode has no gradient, so the means are taken out here.
+        means = (_means(*read, images) if grad else read)[:, live.to(read[0].device)].cpu()
+        sums = sums.index_add(1, classes[live], means)
+        counts.index_add_(0, classes[live], torch.ones(int(live.sum())))
+    return sums / counts
+
+
 def reader_means(graph: ChannelGraph, inputs: Any) -> torch.Tensor:
-    """Per class, the mean activation that its readers see in one eval-mode forward; NaN where nothing reads it."""
-    mode = _Means(graph)
-    _record.evaluate(graph.model, inputs, mode)
-    return mode.sums / mode.counts
+    """`image_means`, averaged over the images: float32, [num_classes]."""
+    return image_means(graph, inputs).mean(0)
 
 
-class _Means(Aligned):
-    def __init__(self, graph: ChannelGraph) -> None:
+def _copies(graph: ChannelGraph) -> AbstractContextManager:
+    """Inside, copies of the parameters run in their place: later training must not touch what a backward needs."""
+    parameters = {i: slot.tensor.detach().clone() for i, slot in enumerate(graph.slots) if slot.is_parameter}
+    return swapped(graph.plan(graph.all_kept()), parameters)
+
+
+def _means(value: torch.Tensor, dim: int, images: int) -> torch.Tensor:
+    """[images, positions of dim]: mean over all else; windows and tokens may be folded into the first dim."""
+    last = value.float().movedim(dim, -1)
+    if dim == 0 or value.shape[0] % images:
+        return last.reshape(-1, last.shape[-1]).mean(0).expand(images, -1)
+    return last.reshape(images, -1, last.shape[-1]).mean(1)
+
+
+class _Readings(Aligned):
+    """Takes down what channels' readers see, and the class of every position."""
+
+    def __init__(self, graph: ChannelGraph, images: int, whole: bool) -> None:
         super().__init__(graph, needed=set())  # where the forward takes another road, what was seen is still right
-        self.sums = torch.zeros(graph.num_classes, dtype=torch.float32)
-        self.counts = torch.zeros(graph.num_classes, dtype=torch.float32)
+        self.read: list[tuple[Any, torch.Tensor]] = []  # means, or (activation, dim) where wholes are wanted
         self.readers = {read.op for read in graph._core.reads}
+        self.images = images
+        self.whole = whole
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
         if op in self.readers:
@@ -41,10 +83,6 @@ class _Means(Aligned):
                 axis = self.graph._core.axis_of(ref, dim)
                 if axis < 0:
                     continue
-                classes = torch.from_numpy(self.graph._core.axes[axis][0]).long()
-                if classes.numel() != value.shape[dim]:
-                    continue
-                live = classes >= 0
-                means = value.movedim(dim, 0).flatten(1).float().mean(1).cpu()
-                self.sums.index_add_(0, classes[live], means[live])
-                self.counts.index_add_(0, classes[live], torch.ones(int(live.sum()), dtype=torch.float32))
+                classes = torch.from_numpy(self.graph._core.axis_classes(axis))
+                if classes.numel() == value.shape[dim]:
+                    self.read.append(((value, dim) if self.whole else _means(value, dim, self.images), classes))

@@ -9,9 +9,9 @@ from reference.networks import Plain, Residual
 from reference.randomise import random_keep, randomise
 from torch.nn import functional as F
 
-from stamp_fast import Budget, trace
+from stamp_fast import ArgumentError, Budget, trace
 from stamp_fast.graph._soft_cost import SoftCost
-from stamp_fast.stamp import BetaBernoulliGates, adapt, expected_gate, kumaraswamy_kl
+from stamp_fast.stamp import BetaBernoulliGates, Settings, adapt, expected_gate, kumaraswamy_kl, unconditional
 from stamp_fast.stamp.adapt import standardised
 from stamp_fast.stamp.statistics import reader_means
 
@@ -66,7 +66,7 @@ def test_probabilities_and_samples_lie_between_zero_and_one(scale):
 
 
 def test_initial_means_are_those_of_the_ancestor():
-    gates = BetaBernoulliGates(torch.zeros(3), a_init=2.0)
+    gates = BetaBernoulliGates(torch.zeros(3), a=torch.full((3,), 2.0))
     a, b = gates.a_b()
     assert torch.allclose(b, torch.ones(3), atol=1e-4)
     assert torch.allclose(a, torch.full((3,), 2.12693), atol=1e-4)
@@ -77,7 +77,7 @@ def test_gradients_reach_every_gate_parameter():
     target = torch.rand(50)
     (gates.sample(torch.Generator().manual_seed(0)) - target).square().sum().backward()
     names = [name for name, _ in gates.named_parameters()]
-    assert len(names) >= 4
+    assert len(names) >= 6
     for name, parameter in gates.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert (parameter.grad != 0).any(), name
@@ -192,7 +192,9 @@ def adapted(model, x, y, budget=Budget(macs=0.5), seed=0, steps=6):  # noqa: B00
     batches = lambda count: [(x, y)] * count  # noqa: E731
     loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
     generator = torch.Generator().manual_seed(seed)
-    probability = adapt(graph, x, batches, loss, budget, steps=steps, set_size=64, generator=generator)
+    probability = adapt(
+        graph, unconditional(graph, x), batches, loss, budget, steps=steps, set_size=64, generator=generator
+    )
     return graph, probability
 
 
@@ -226,3 +228,21 @@ def test_a_tighter_budget_lowers_the_probabilities():
     x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
     means = [adapted(randomise(Residual()).train(), x, y, Budget(macs=ask), steps=20)[1].mean() for ask in (1.0, 0.2)]
     assert means[1] < means[0]
+
+
+def test_structure_mode_leaves_the_weights():
+    model = randomise(Residual()).train()
+    old = copy.deepcopy(model)
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+    graph = trace(model, x)
+    loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    gates = unconditional(graph, x)
+    before = gates.probability().detach()
+    options = {"steps": 4, "set_size": 64, "settings": Settings(mode="structure")}
+    after = adapt(graph, gates, lambda count: [(x, y)] * count, loss, Budget(macs=0.5), **options)
+    assert not torch.equal(before, after)
+    for (name, new), was in zip(model.named_parameters(), old.parameters(), strict=True):
+        is_trained = name.startswith(("head", "bn", "stem.1"))
+        assert torch.equal(new, was) != is_trained, name
+    with pytest.raises(ArgumentError, match="mode: must be one of joint, structure, got 'both'"):
+        Settings(mode="both")

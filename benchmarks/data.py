@@ -1,0 +1,94 @@
+"""What the accuracy experiments train on: 32 x 32 images from packages, nothing is downloaded here.
+
+Reference: glyphs of the fonts inside matplotlib. Targets: Fashion-MNIST (Debian's `dataset-fashion-mnist`, or
+torchvision's loader with a folder) and scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from stamp_fast.demo import digits, glyphs
+
+__all__ = ["CLASSES", "TARGETS", "reference", "target"]
+
+CLASSES = 400  # of the reference
+_COPIES = 4  # augmented copies of every glyph in every font
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+@functools.cache
+def reference(copies: int = _COPIES) -> TensorDataset:
+    """Rendered glyphs, each in ten fonts and `copies` random poses: images (3, 32, 32) in [0, 1]."""
+    characters = glyphs.choose_classes(CLASSES)
+    rendered = glyphs.render_all(characters, glyphs.TRAIN_FONTS)
+    labels = torch.arange(CLASSES).repeat_interleave(rendered.shape[1]).repeat(copies)
+    plain = rendered.flatten(0, 1).unsqueeze(1).float().div(255).repeat(copies, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    posed = torch.cat([glyphs.augment(part, generator) for part in plain.split(1000)])
+    return TensorDataset(posed.expand(-1, 3, -1, -1), labels)
+
+
+def fashion(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
+    """Fashion-MNIST, padded to 32 x 32. `root`: a folder for torchvision, which downloads what is not there."""
+    parts = []
+    for train in (True, False):
+        if root is None:
+            name = "train" if train else "t10k"
+            images = _idx(f"{name}-images-idx3-ubyte.gz", 16).view(-1, 28, 28)
+            labels = _idx(f"{name}-labels-idx1-ubyte.gz", 8)
+        else:
+            from torchvision.datasets import FashionMNIST
+
+            found = FashionMNIST(root, train=train, download=True)
+            images, labels = found.data, found.targets
+        images = F.pad(images[:, None].float() / 255, (2, 2, 2, 2))
+        parts.append(TensorDataset(images.expand(-1, 3, -1, -1), labels.long()))
+    return parts[0], parts[1]
+
+
+def _idx(name: str, header: int) -> Tensor:
+    """The bytes of one of the data set's files."""
+    path = _DEBIAN / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: install Debian's dataset-fashion-mnist, or pass root="
+        )
+    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=header)
+
+
+def handwritten(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's digits amid clutter; every training image in eight cluttered copies."""
+    train, test = digits.datasets()
+    images, labels = train.tensors
+    scattered = digits.clutter(images.repeat(8, 1, 1, 1), torch.Generator().manual_seed(1))
+    return (
+        TensorDataset(scattered.expand(-1, 3, -1, -1), labels.repeat(8)),
+        TensorDataset(test.tensors[0].expand(-1, 3, -1, -1), test.tensors[1]),
+    )
+
+
+TARGETS = {"fashion": fashion, "digits": handwritten}
+
+
+@functools.cache
+def target(name: str, root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
+    """Training and test images (3, 32, 32) with their labels."""
+    return TARGETS[name](root)
+
+
+def batches(dataset: TensorDataset, size: int, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """The same shuffled batches for everyone who asks with the same seed."""
+    images, labels = dataset.tensors
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    while len(order) < size * count:
+        order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
+    return [(images[part], labels[part]) for part in order[: size * count].split(size)]

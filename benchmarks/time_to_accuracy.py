@@ -1,0 +1,254 @@
+"""Accuracy against seconds: a pretrained network on a new data set, whole and pruned in every way that people know.
+
+    python -m benchmarks.time_to_accuracy                     # all of it: hours
+    python -m benchmarks.time_to_accuracy --network resnet18 --target fashion --macs 0.125 --seeds 1
+
+Rows are appended to a JSON-lines file as they come; what it holds already is not run again. All arms start from the
+same pretrained weights and the same fresh head, see the same batches and follow the same schedule in the same
+precision. Before every evaluation batch norm's statistics are taken anew, for all arms alike; evaluations cost no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stamp_fast
+from stamp_fast import Budget, importance, trace
+from stamp_fast.recalibrate import recalibrate
+from stamp_fast.report.measure import compare_steps
+
+from . import data
+from .machine import machine_info
+from .reference import NETWORKS, generator_for, pretrained_for
+
+__all__ = ["ARMS", "Task", "run"]
+
+MARKS = (0, 25, 50, 100, 200, 400, 1000)
+_BATCH = 64
+_RESULTS = Path(__file__).parent / "results" / "time_to_accuracy.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One place of the experiment, the same for all arms."""
+
+    network: str
+    target: str
+    macs: float
+    seed: int
+    steps: int
+    lr: float = 0.05
+
+    def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        return data.batches(data.target(self.target)[0], _BATCH, count, self.seed)
+
+    def dense(self) -> nn.Module:
+        """Pretrained, with a fresh head for the target's classes."""
+        return pretrained_for(self.network, 10, self.seed)
+
+
+Arm = Callable[[Task, list], nn.Module]
+
+
+def precision() -> contextlib.AbstractContextManager:
+    """bfloat16 under autocast, the fast path on CPUs that have it; the same for every arm."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    with precision():
+        logits = model(batch[0])
+    return F.cross_entropy(logits.float(), batch[1])
+
+
+# --- arms: each gives the network that is fine-tuned then -------------------------------------------------------------
+def _whole(task: Task, batches: list) -> nn.Module:
+    return task.dense()
+
+
+def _prune(method: str, **options: Any) -> Arm:
+    def arm(task: Task, batches: list) -> nn.Module:
+        budget = Budget(macs=task.macs)
+        more = {k: v(task) if callable(v) else v for k, v in options.items()}
+        model = task.dense()
+        return stamp_fast.prune(
+            model, batches, budget=budget, method=method, loss_fn=_loss, seed=task.seed, progress=False, **more
+        )
+
+    return arm
+
+
+def _global_magnitude(task: Task, batches: list) -> nn.Module:
+    model = task.dense()
+    graph = trace(model, batches[0][0][:2])
+    graph.settle()
+    # Norms of different layers are comparable only after each layer's mean is taken out (as Torch-Pruning does).
+    scores = importance.magnitude(graph, p=2)
+    for group in graph.groups:
+        scores[group.classes] /= scores[group.classes].mean()
+    return graph.compact(graph.select(scores, Budget(macs=task.macs), ranking="global", floor=0.1))
+
+
+def _scratch(task: Task, batches: list) -> nn.Module:
+    """The widths of uniform magnitude, all weights drawn anew."""
+    model = _prune("magnitude")(task, batches)
+    torch.manual_seed(task.seed)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def _torch_pruning(taylor: bool) -> Arm:
+    def arm(task: Task, batches: list) -> nn.Module:
+        import torch_pruning as tp
+
+        model, example = task.dense(), batches[0][0][:1]
+        kinds = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
+        dense = tp.utils.count_ops_and_params(model, example)[0]
+
+        def pruned(ratio: float) -> nn.Module:
+            small = copy.deepcopy(model)
+            if taylor:
+                _loss(small.train(), batches[0]).backward()
+            head = [m for m in small.modules() if isinstance(m, nn.Linear)][-1:]
+            pruner = tp.pruner.MagnitudePruner(
+                small.eval(), example, importance=kinds, pruning_ratio=ratio, ignored_layers=head
+            )
+            pruner.step()
+            small.zero_grad(set_to_none=True)
+            return small
+
+        low, high = 0.0, 1.0  # it has no budget in MACs: the ratio of channels that gives it is searched for
+        for _ in range(7):
+            middle = (low + high) / 2
+            macs = tp.utils.count_ops_and_params(pruned(middle), example)[0] / dense
+            low, high = (middle, high) if macs > task.macs else (low, middle)
+        return pruned(high)
+
+    return arm
+
+
+ARMS: dict[str, Arm] = {
+    "dense": _whole,
+    "scratch": _scratch,
+    "random": _prune("random"),
+    "uniform L1": _prune("magnitude"),
+    "global L2": _global_magnitude,
+    "Taylor": _prune("taylor"),
+    "Torch-Pruning L2": _torch_pruning(taylor=False),
+    "Torch-Pruning Taylor": _torch_pruning(taylor=True),
+    "STAMP, no generator": _prune("stamp"),
+    "STAMP, structure": _prune("stamp", generator=lambda task: generator_for(task.network, "structure")),
+    "STAMP, joint": _prune("stamp", generator=lambda task: generator_for(task.network, "joint")),
+    "STAMP, 0 steps": _prune("stamp", steps=0, generator=lambda task: generator_for(task.network, "joint")),
+}
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+def run(name: str, task: Task) -> dict[str, Any]:
+    """One arm: accuracy at the marks, seconds until then (pruning included), cost of a step."""
+    batches = task.batches(task.steps)
+    begin = time.perf_counter()
+    model = ARMS[name](task, batches[:20])
+    spent = pruning = time.perf_counter() - begin
+    model.to(memory_format=torch.channels_last).train()
+    step = compare_steps([copy.deepcopy(model)], batches[0], _loss)[0]
+    optimizer = torch.optim.SGD(model.parameters(), task.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    curve = [(0, spent, accuracy(model, task))]
+    for number, (inputs, labels) in enumerate(batches, 1):
+        begin = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = task.lr * min(1, number / 20) * (1 + math.cos(math.pi * (number - 1) / task.steps)) / 2
+        loss = _loss(model, (inputs.contiguous(memory_format=torch.channels_last), labels))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        spent += time.perf_counter() - begin
+        if number in MARKS or number == task.steps:
+            curve.append((number, spent, accuracy(model, task)))
+    dense = task.dense()
+    example = batches[0][0][:2]
+    return {
+        "arm": name,
+        **dataclasses.asdict(task),
+        "pruning_seconds": pruning,
+        "curve": curve,
+        "step_ms": step.milliseconds,
+        "peak_bytes": step.peak_bytes,
+        "macs_reached": trace(model, example).macs() / trace(dense, example).macs(),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> float:
+    """On the test set, after batch norm's statistics were taken anew from training images."""
+    model = copy.deepcopy(model)
+    recalibrate(model, task.batches(6), _loss)
+    model.eval()
+    images, labels = data.target(task.target)[1].tensors
+    with precision():
+        hits = [
+            model(part.contiguous(memory_format=torch.channels_last)).argmax(1) == goal
+            for part, goal in zip(images.split(500), labels.split(500), strict=True)
+        ]
+    return torch.cat(hits).float().mean().item()
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a results file; the first line says what it was made on."""
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines()[1:])
+
+
+@click.command()
+@click.option("--network", "networks", multiple=True, default=tuple(NETWORKS), type=click.Choice(list(NETWORKS)))
+@click.option("--target", "targets", multiple=True, default=tuple(data.TARGETS), type=click.Choice(list(data.TARGETS)))
+@click.option("--macs", multiple=True, type=float, default=(0.5, 0.25, 0.125))
+@click.option("--arm", "arms", multiple=True, default=tuple(ARMS), type=click.Choice(list(ARMS)))
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--steps", default=1500, show_default=True, help="The full schedule.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=_RESULTS)
+def main(
+    networks: tuple, targets: tuple, macs: tuple, arms: tuple, seeds: int, steps: int, threads: int, results: Path
+) -> None:
+    """Run the arms that the results do not hold yet."""
+    torch.set_num_threads(threads)
+    if not results.exists():
+        results.write_text(json.dumps({"machine": machine_info(threads)}) + "\n")
+    keys = ("arm", "network", "target", "macs", "seed", "steps")
+    done = {tuple(row[k] for k in keys) for row in rows(results)}
+    for seed in range(seeds):
+        for network in networks:
+            for target in targets:
+                for share in macs:
+                    for name in arms:
+                        share_of = 1.0 if name == "dense" else share
+                        if (name, network, target, share_of, seed, steps) in done:
+                            continue
+                        row = run(name, Task(network, target, share_of, seed, steps))
+                        done.add(tuple(row[k] for k in keys))
+                        with results.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+                        last = row["curve"][-1]
+                        click.echo(
+                            f"{network} {target} {share_of:g} seed {seed} {name}: {last[2]:.1%} in {last[1]:.0f} s"
+                        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""safetensors files with JSON in the metadata: written atomically, under a digest that covers every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import ArgumentError, CheckpointError
+from .pruning_plan import need
+
+# safetensors allows 100 MB; those of real networks have a few hundred kB.
+_LARGEST_HEADER = 32 << 20
+_DIGEST_KEY = b'"sha256":"'
+_NO_DIGEST = b"0" * 64
+
+
+def real_path(path: Any) -> str:
+    try:
+        return os.path.realpath(os.fsdecode(path))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"path: expected a str or os.PathLike, got {path!r}") from error
+
+
+def write(stored: dict[str, torch.Tensor], metadata: dict[str, str], target: str) -> None:
+    """Replaces `target` at once and whole: whatever happens meanwhile, it is the old file or the new one.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    folder = os.path.dirname(target)
+    temporary = os.path.join(folder, f".stamp_fast-{secrets.token_hex(8)}.tmp")
+    try:
+        # The digest covers every byte of the file, itself as zeros.
+        save_file(stored, temporary, {**metadata, "sha256": _NO_DIGEST.decode()})
+        with open(temporary, "r+b", buffering=0) as file:
+            position, _, digest = _digest(file)
+            file.seek(position)
+            file.write(digest)
+            file.flush()
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(target, temporary)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # the new name, too, shall outlive a power cut
+        finally:
+            os.close(descriptor)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, (OSError, SafetensorError, ValueError)):
+            raise CheckpointError(f"save: cannot write '{target}': {error}") from error
+        raise
+
+
+@contextlib.contextmanager
+def opened(file: str, keys: set[str], writer: str) -> Iterator[Any]:
+    """The safetensors file, its digest checked.
+
+    Args:
+        keys: what its metadata has to hold.
+        writer: the function that writes such files, for the message.
+
+    Raises:
+        CheckpointError: no such file, damaged, or another kind of file.
+    """
+    need(os.path.exists(file), "there is no such file")
+    need(os.path.isfile(file), "is not a file")
+    try:
+        with open(file, "rb", buffering=0) as raw:
+            _, written, computed = _digest(raw)
+            need(written == computed, "is damaged: its checksum is not that of its content")
+            handle = safe_open(file, framework="pt")
+            # It opens the file by its name, which may be that of another one by now.
+            need(os.path.samestat(os.fstat(raw.fileno()), os.stat(file)), "was replaced while it was read")
+        metadata = handle.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}") from error
+    with handle:
+        need(keys <= metadata.keys(), f"was not written by {writer}")
+        yield handle
+
+
+def _digest(file: BinaryIO) -> tuple[int, bytes, bytes]:
+    """Where the digest stands, what stands there, and what should: SHA-256 of the whole file with zeros in its place.
+
+    Raises:
+        CheckpointError: not a safetensors file, or one that `write` has not written.
+    """
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    rest = os.fstat(file.fileno()).st_size - 8
+    need(rest >= 0 and 2 <= length <= rest, "is not a safetensors file, or cut off")
+    need(length <= _LARGEST_HEADER, f"has a header of {length} bytes, at most {_LARGEST_HEADER} are read")
+    header = file.read(length)
+    # In JSON text inside of the header the quotes are escaped, so this is the key itself.
+    position = header.find(_DIGEST_KEY) + len(_DIGEST_KEY)
+    need(header[:1] == b"{", "is not a safetensors file")
+    if _DIGEST_KEY not in header:
+        raise CheckpointError(
+            "was not written by stamp_fast; read other safetensors files with safetensors.torch.load_file"
+        )
+    found = header[position : position + len(_NO_DIGEST)]
+    digest = hashlib.sha256(start + header[:position] + _NO_DIGEST + header[position + len(found) :])
+    hashlib.file_digest(file, lambda: digest)
+    return 8 + position, found, digest.hexdigest().encode()

@@ -1,0 +1,96 @@
+"""Folds what is removed into what stays, by least squares on the data: the smaller network starts close to the whole.
+
+Ours, after the reconstruction step of channel pruning (He et al. 2017, arXiv 1707.06168) and ThiNet (Luo et al. 2017,
+arXiv 1707.06342), without their search: no gradient, one forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .graph import ChannelGraph, _record
+from .graph._align import Aligned
+from .graph._record import Ref
+
+_MOST_POSITIONS = 4096  # of a dim that is read: the moments are its square
+_MOST_ROWS = 1 << 15  # of an activation that are looked at, for each position
+_RIDGE = 1e-2
+
+
+@torch.no_grad()
+def reconstruct(graph: ChannelGraph, keep: torch.Tensor, inputs: Any, ridge: float = _RIDGE) -> list[str]:
+    """Changes the weights that read channels so that those that stay also do, as far as they can, what the others did.
+
+    For a weight W over inputs x, of which K stay and D go: W_K += W_D M with M = argmin E|x_D - M x_K|^2 + ridge.
+    Kernels larger than 1 use one M for all their taps. To be called before `graph.compact(keep)`.
+
+    Args:
+        keep: bool, [num_classes].
+        inputs: of one forward, in eval mode; what the moments of x are taken from.
+        ridge: relative to the mean square of x_K.
+
+    Returns:
+        Names of the parameters that were changed. Left as they are: readers of over 4,096 positions, and those whose
+        activation does not have the positions of the weight one by one (grouped convolutions).
+    """
+    keep = graph.checked(keep)
+    moments = _moments(graph, keep, inputs)
+    changed = []
+    for i, second in moments.items():
+        slot, dim = graph.slots[i], graph.reader_dim(i)
+        classes = slot.axes[dim]
+        stays = (classes < 0) | keep[classes.clamp(min=0)]
+        kept, gone = stays.nonzero().flatten().to(second.device), (~stays).nonzero().flatten().to(second.device)
+        square = second[kept][:, kept]
+        scale = square.diagonal().mean()
+        if not bool(scale > 0):
+            continue
+        square = square + ridge * scale * torch.eye(len(kept), dtype=square.dtype, device=square.device)
+        solution = torch.linalg.solve(square, second[kept][:, gone])  # [kept, gone], M transposed
+        weight = slot.tensor.data.movedim(dim, -1)
+        folded = weight[..., kept].to(solution.dtype) + weight[..., gone].to(solution.dtype) @ solution.mT
+        if bool(folded.isfinite().all()):
+            weight[..., kept] = folded.to(weight.dtype)
+            changed.append(slot.name)
+    return changed
+
+
+def _moments(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> dict[int, torch.Tensor]:
+    """E[x x^T] of what every weight reads that loses columns, by slot."""
+    wanted: dict[int, list[tuple[int, int]]] = {}  # operator -> weights that it reads, each with its number of columns
+    for read in graph._core.reads:
+        if read.slot >= 0 and graph.reader_dim(read.slot) == read.slot_dim and len(graph.slots[read.slot].axes) > 1:
+            classes = graph.slots[read.slot].axes[read.slot_dim]
+            loses = not bool(keep[classes[classes >= 0]].all())
+            if loses and classes.numel() <= _MOST_POSITIONS:
+                wanted.setdefault(read.op, []).append((read.slot, read.axis))
+    mode = _SecondMoments(graph, wanted)
+    _record.evaluate(graph.model, inputs, mode)
+    return mode.moments
+
+
+class _SecondMoments(Aligned):
+    def __init__(self, graph: ChannelGraph, wanted: dict[int, list[tuple[int, int]]]) -> None:
+        super().__init__(graph, needed=set())
+        self.wanted = wanted
+        self.moments: dict[int, torch.Tensor] = {}
+
+    def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
+        for slot, axis in self.wanted.get(op, ()):
+            self._look(slot, axis, self.graph.recording.calls[op].args[max(0, shift) :], args[max(0, -shift) :])
+        return func(*args, **kwargs)
+
+    def _look(self, slot: int, axis: int, recorded: tuple, args: tuple) -> None:
+        for ref, value in zip(recorded, args, strict=False):
+            if not isinstance(ref, Ref) or not self.graph.is_activation(ref):
+                continue
+            for dim in range(value.dim()):
+                if self.graph._core.axis_of(ref, dim) == axis:
+                    rows = value.movedim(dim, -1).reshape(-1, value.shape[dim])
+                    rows = rows[:: -(-len(rows) // _MOST_ROWS)]
+                    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+                    second = rows.mT @ rows / len(rows)
+                    self.moments[slot] = self.moments[slot] + second if slot in self.moments else second
+                    return

@@ -1,0 +1,317 @@
+"""Meta-training of the mask generator over class subsets of a reference data set.
+
+Certain (arXiv 2006.12139, abstract): meta-learned over different subsets of the reference data set, so that it
+generalises to unseen data sets within a few gradient steps. The loop is our reading: T inner steps on copies, a
+first-order gradient of the query loss at the adapted point, the reference weights restored for the next task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
+
+from .._files import opened, real_path, write
+from ..budget import Budget
+from ..errors import ArgumentError, CheckpointError
+from ..graph import ChannelGraph, trace
+from ..graph._model import unwrapped
+from .adapt import Settings, _gradients_set_aside, inner_steps
+from .architecture import Architecture
+from .episodes import Episode, Episodes, examples_in, first_batch
+from .gates import BetaBernoulliGates
+from .head import fit_head
+from .mask_generator import MaskGenerator
+
+__all__ = ["Schedule", "meta_train", "run_task"]
+
+_OUTER = ("first_order", "reptile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """All that decides what a meta-training computes.
+
+    Attributes:
+        tasks: how many in all.
+        tasks_per_update: gradients are averaged over so many.
+        inner_steps: T, on every task.
+        head_steps: steps in which the fresh head is fitted first.
+        batch_size: of the inner steps.
+        lr: of the outer Adam.
+        outer: "first_order": gradient of the query loss at the adapted point; "reptile": the way from the start to it
+            (of what the inner steps adapt: the set encoder is not among it).
+        budgets: fractions of the MACs; every task draws one between the least and the largest.
+    """
+
+    tasks: int = 1000
+    tasks_per_update: int = 4
+    inner_steps: int = 5
+    head_steps: int = 10
+    batch_size: int = 64
+    lr: float = 1e-3
+    outer: str = "first_order"
+    budgets: tuple[float, float] = (0.1, 0.5)
+    classes: tuple[int, int] = (5, 20)
+    shots: int = 16
+    queries: int = 8
+    seed: int = 0
+    encoder: str = "activation"
+    mode: str = "joint"
+
+    def __post_init__(self) -> None:
+        if self.outer not in _OUTER:
+            raise ArgumentError(f"outer: must be one of {', '.join(_OUTER)}, got {self.outer!r}")
+        for name in ("tasks", "tasks_per_update", "inner_steps", "batch_size", "shots", "queries"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"{name}: must be a whole number of at least 1, got {value!r}")
+        if not 0 < self.budgets[0] <= self.budgets[1] <= 1:
+            raise ArgumentError(f"budgets: must be two fractions in (0, 1], the smaller first, got {self.budgets!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one task has to say to the generator."""
+
+    gradients: list[torch.Tensor]
+    statistic: torch.Tensor  # o, [classes]
+    loss: float
+    macs: float
+
+
+def meta_train(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    labels: Sequence[int] | torch.Tensor | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 50,
+    progress: bool = True,
+    **schedule: Any,
+) -> MaskGenerator:
+    """A generator for this pretrained network, which is left as it is.
+
+    Under torch.distributed the tasks of an update are spread over the ranks, and every rank returns the same generator
+    (that of one process, but for the order in which floats are added up).
+
+    Args:
+        model: pretrained on `dataset`; its head needs at least as many outputs as a task has classes.
+        dataset: map-style, of (input, class index).
+        labels: int, [examples], where the data set does not have them at hand.
+        checkpoint: a file that is written every `checkpoint_every` updates, and from which an interrupted run goes on
+            as if nothing had happened.
+        schedule: fields of `Schedule`.
+
+    Raises:
+        ArgumentError: an argument cannot be used.
+        CheckpointError: the checkpoint is of another network or another schedule; the message names the difference.
+    """
+    network = unwrapped(model)
+    plan = Schedule(**schedule)
+    episodes = Episodes(dataset, plan.seed, labels, plan.classes, plan.shots, plan.queries)
+    example = first_batch(episodes[0].support[0], 2)
+    graph = trace(network, example)
+    graph.settle()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        generator = MaskGenerator.untrained(graph, plan.encoder, _image_shape(example), plan.mode)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=plan.lr)
+    done = _resume(checkpoint, generator, optimizer, plan)
+    updates = math.ceil(plan.tasks / plan.tasks_per_update)
+    rank, ranks = _place()
+    bar = tqdm(total=updates, initial=done, desc="meta-train", disable=not progress or rank > 0, unit="update")
+    with bar, _restored(network) as restore:
+        for update in range(done, updates):
+            begin = time.perf_counter()
+            tasks = range(update * plan.tasks_per_update, min((update + 1) * plan.tasks_per_update, plan.tasks))
+            outcomes = {}
+            for task in tasks:
+                if task % ranks == rank:
+                    outcomes[task] = run_task(graph, generator, episodes, task, plan)
+                    restore()
+            loss, macs = _step(generator, optimizer, outcomes, tasks)
+            rate = len(tasks) / (time.perf_counter() - begin)
+            bar.set_postfix(loss=f"{loss:.3f}", macs=f"{macs:.3f}", rate=f"{rate:.1f} tasks/s", refresh=False)
+            bar.update()
+            last = update + 1 == updates
+            if checkpoint is not None and rank == 0 and (last or (update + 1) % checkpoint_every == 0):
+                _save(checkpoint, generator, optimizer, plan, update + 1)
+    return generator.eval()
+
+
+def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, task: int, plan: Schedule) -> Outcome:
+    """One task: condition, fit a fresh head, T inner steps, loss on the query set. Leaves the weights adapted."""
+    episode = episodes[task]
+    rng = episodes.generator(task, 1)
+    low, high = (math.log(b) for b in plan.budgets)
+    budget = Budget(macs=math.exp(low + (high - low) * float(torch.rand((), generator=rng))))
+    settings = Settings(mode=plan.mode)
+    loss_fn = _loss_over(episode.classes)
+    start, o = generator(graph, episode.support[0], episode.support[1], budget)
+    gates = BetaBernoulliGates(**start)
+    with torch.no_grad():
+        for parameter in graph.output_parameters():
+            parameter.zero_()
+    size = len(episode.support[1])
+    with _gradients_set_aside(graph.model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # dropout
+        fit_head(graph, _batches(episode, plan.head_steps, plan.batch_size, rng), loss_fn)
+        batches = _batches(episode, plan.inner_steps, plan.batch_size, rng)
+        for _ in inner_steps(graph, gates, batches, plan.inner_steps, loss_fn, budget, size, rng, settings):
+            pass
+        keep = budget.select(graph, gates.probability(), ranking="global", floor=settings.floor, exact=False)
+        for parameter in gates.parameters():
+            parameter.grad = None
+        with torch.enable_grad(), graph.masked(keep, gates.sample(rng)):
+            loss = loss_fn(graph.model, episode.query)
+            loss.backward()
+    named = dict(gates.named_parameters())
+    adapted = {"a": named["a_unconstrained"], "b": named["b_unconstrained"]} | named
+    if plan.outer == "reptile":
+        towards = [start[name].detach() - adapted[name].detach() for name in start]
+    else:
+        towards = [adapted[n].grad if adapted[n].grad is not None else torch.zeros_like(start[n]) for n in start]
+    pairs = [(value, grad) for value, grad in zip(start.values(), towards, strict=True) if value.requires_grad]
+    gradients = torch.autograd.grad(
+        [value for value, _ in pairs],
+        list(generator.parameters()),
+        [grad for _, grad in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return Outcome(list(gradients), o.detach(), loss.item(), graph.macs(keep) / graph.macs())
+
+
+def _step(
+    generator: MaskGenerator, optimizer: torch.optim.Optimizer, outcomes: dict[int, Outcome], tasks: range
+) -> tuple[float, float]:
+    """One outer step on the mean over the tasks of all ranks; their mean loss and MACs."""
+    parameters = list(generator.parameters())
+    # In one row, so that one all_reduce does: gradients, then loss and MACs, then each task's statistic.
+    total = torch.cat([torch.zeros_like(p).flatten() for p in parameters] + [torch.zeros(2)])
+    statistics = torch.zeros(len(tasks), len(generator.mu))
+    for task, outcome in sorted(outcomes.items()):
+        told = torch.tensor([outcome.loss, outcome.macs])
+        total += torch.cat([*(g.flatten() for g in outcome.gradients), told])
+        statistics[task - tasks.start] = outcome.statistic
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
+        distributed.all_reduce(statistics)
+    total /= len(tasks)
+    for parameter, grad in zip(parameters, total[:-2].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter).clone()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for o in statistics:
+        generator.follow(o)
+    return total[-2].item(), total[-1].item()
+
+
+def _place() -> tuple[int, int]:
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def _batches(episode: Episode, count: int, size: int, rng: torch.Generator) -> Iterator[Any]:
+    inputs, targets = episode.support
+    examples = examples_in(inputs)
+    order: list[int] = []
+    for _ in range(count):
+        while len(order) < min(size, examples):
+            order += torch.randperm(examples, generator=rng).tolist()
+        taken = torch.tensor(order[: min(size, examples)])
+        del order[: len(taken)]
+        yield tree_map(lambda t: t[taken], inputs), targets[taken]  # noqa: B023  (used at once)
+
+
+def _loss_over(classes: int) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """Cross entropy over the first outputs: a task's classes take the places of the reference's."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        inputs, targets = batch
+        logits = model(inputs)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ArgumentError(
+                f"model: its output is {shape}, but a task has {classes} classes; meta-training needs one logit for "
+                "each of them, so pass classes= with smaller tasks"
+            )
+        return F.cross_entropy(logits[:, :classes].float(), targets.to(logits.device))
+
+    return loss
+
+
+def _image_shape(example: Any) -> tuple[int, ...] | None:
+    return tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else None
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Yields a function that puts back the reference weights; they are put back at the end, too."""
+    before = [(p, p.detach().clone()) for p in model.parameters()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+def _save(
+    path: Any,
+    generator: MaskGenerator,
+    optimizer: torch.optim.Optimizer,
+    plan: Schedule,
+    updates: int,
+) -> None:
+    stored = {f"generator.{name}": tensor for name, tensor in generator.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        stored |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    schedule = json.dumps(dataclasses.asdict(plan))
+    metadata = {"schedule": schedule, "architecture": generator.architecture.to_json(), "updates": str(updates)}
+    write({name: tensor.contiguous() for name, tensor in stored.items()}, metadata, real_path(path))
+
+
+def _resume(
+    path: Any,
+    generator: MaskGenerator,
+    optimizer: torch.optim.Optimizer,
+    plan: Schedule,
+) -> int:
+    """Updates that are done already, by the checkpoint; 0 where there is none."""
+    if path is None or not os.path.exists(real_path(path)):
+        return 0
+    with opened(real_path(path), {"schedule", "architecture", "updates"}, "stamp_fast.stamp.meta_train") as content:
+        metadata = content.metadata()
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (not a dict)
+    other = Architecture.from_json(metadata["architecture"]).difference(generator.architecture)
+    if other:
+        raise CheckpointError(f"meta_train: '{path}' is for another network: it has {other}; use another file")
+    mine = json.loads(json.dumps(dataclasses.asdict(plan)))
+    differing = [k for k, v in json.loads(metadata["schedule"]).items() if mine.get(k) != v]
+    if differing:
+        raise CheckpointError(f"meta_train: '{path}' was made with another {', '.join(differing)}; use another file")
+    generator.load_state_dict({n.removeprefix("generator."): t for n, t in tensors.items() if n[:10] == "generator."})
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["updates"])
