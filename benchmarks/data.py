@@ -58,9 +58,7 @@ def _idx(name: str, header: int) -> Tensor:
     """The bytes of one of the data set's files."""
     path = _DEBIAN / name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: install Debian's dataset-fashion-mnist, or pass root="
-        )
+        raise FileNotFoundError(f"{path}: install Debian's dataset-fashion-mnist, or pass root=")
     return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=header)
 
 
