@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -266,18 +268,33 @@ def _fitted(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Rem
 
 def _fill(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Removals, closed: set[int]) -> torch.Tensor:
     """Brings back, most important first, whatever still fits, but nothing in the groups that are closed."""
+    groups = units.groups.tolist()
     for limit in (1.0, 1.0 + TOLERANCE):
         full = set(closed)  # groups whose next unit did not fit
-        for i in range(len(units) - 1, -1, -1):
-            group = int(units.groups[i])
-            if group in full or bool(keep[units.unit(i)].any()):
-                continue
-            trial = keep.clone()
-            trial[units.unit(i)] = True
-            if budget.used(graph, trial) > limit:
-                full.add(group)
-                continue
-            keep = trial
-            if budget.used(graph, keep) >= 1 - TOLERANCE:
-                return keep
+        first = keep[units.classes[units.ends - 1]].tolist()  # the classes of a unit come and go together
+        waiting = [i for i in reversed(range(len(units))) if not first[i]]
+        while waiting := [i for i in waiting if groups[i] not in full]:
+            back = functools.partial(_brought_back, keep, units, waiting)
+
+            def use(count: int) -> float:
+                return budget.used(graph, back(count))  # noqa: B023  (used at once)
+
+            # Costs only grow: as many as fit are found by bisection, and of those the fewest that are enough.
+            fits = bisect.bisect_right(range(1, len(waiting) + 1), limit, key=use)
+            if fits and use(fits) >= 1 - TOLERANCE:
+                return back(1 + bisect.bisect_left(range(1, fits + 1), 1 - TOLERANCE, key=use))
+            keep = back(fits)
+            if fits < len(waiting):
+                full.add(groups[waiting[fits]])
+            waiting = waiting[fits + 1 :]
     return keep
+
+
+def _brought_back(keep: torch.Tensor, units: _Removals, order: list[int], count: int) -> torch.Tensor:
+    chosen = torch.zeros(len(units), dtype=torch.bool)
+    chosen[order[:count]] = True
+    trial = keep.clone()
+    trial[units.classes[torch.repeat_interleave(chosen, torch.diff(units.ends, prepend=units.ends.new_zeros(1)))]] = (
+        True
+    )
+    return trial
