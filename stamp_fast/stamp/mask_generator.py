@@ -94,7 +94,7 @@ class MaskGenerator(nn.Module):
         """
         o, codes = self.encoder(graph, inputs, labels)
         statistic = torch.where(o.isnan(), 0, (o - self.mu) / self.sigma)
-        ask = torch.tensor([1.0, math.log2(min(budget.asked().values()))])
+        ask = torch.tensor([1.0, math.log2(min(budget.asked().values()))], dtype=self.allocation.dtype)
         shifts = _MOST_SHIFT * torch.tanh(self.allocation @ ask + self.allocation_of_set(codes).squeeze(1))
         shift = torch.repeat_interleave(shifts, torch.tensor(self.encoder.sizes))
         learned = {"a": self.a, "b": self.b, "gamma": self.gamma, "beta": self.beta}

@@ -122,7 +122,7 @@ class SetEncoder(nn.Module):
         Returns:
             o, float32 [sum(sizes)], NaN where nothing reads a channel; e, float32 [groups, width].
         """
-        codes = torch.zeros(len(self.sizes), self.width)
+        codes = torch.zeros(len(self.sizes), self.width, dtype=torch.float32)
         if self.kind == "input":
             return image_means(graph, self.pseudo_images(inputs), grad=True).mean(0), codes
         means = image_means(graph, inputs)

@@ -37,7 +37,7 @@ def image_means(graph: ChannelGraph, inputs: Any, grad: bool = False) -> torch.T
         # What is computed in a dispatch mode has no gradient, so the means are taken out here.
         means = (_means(*read, images) if grad else read)[:, live.to(read[0].device)].cpu()
         sums = sums.index_add(1, classes[live], means)
-        counts.index_add_(0, classes[live], torch.ones(int(live.sum())))
+        counts.index_add_(0, classes[live], torch.ones(int(live.sum()), dtype=torch.float32))
     return sums / counts
 
 
