@@ -109,9 +109,14 @@ def _ended(record: dict[str, Any], how: str) -> None:
         record["error"] = f"{record['stage']}: {how}"
 
 
-def _sweep(entries: list[ZooModel], options: argparse.Namespace) -> None:
+def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.zoo_time", "torch_pruning"])
+    return context
+
+
+def _sweep(entries: list[ZooModel], options: argparse.Namespace) -> None:
+    context = _context()
     for number, entry in enumerate(entries, 1):
         record = run(entry, context, options)
         with options.results.open("a") as file:
@@ -123,8 +128,7 @@ def _sweep(entries: list[ZooModel], options: argparse.Namespace) -> None:
 
 def _add_peers(entries: list[ZooModel], options: argparse.Namespace) -> None:
     """Runs Torch-Pruning beside ours on what was checked without it; every row is put back as it comes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo_time", "torch_pruning"])
+    context = _context()
     first, *lines = options.results.read_text().splitlines()
     records = [json.loads(line) for line in lines]
     wanted = {(entry.family, entry.name): entry for entry in entries}

@@ -12,7 +12,6 @@ import torch
 
 from .graph import ChannelGraph, _record
 from .graph._align import Aligned
-from .graph._record import Ref
 
 _MOST_POSITIONS = 4096  # of a dim that is read: the moments are its square
 _MOST_ROWS = 1 << 15  # of an activation that are looked at, for each position
@@ -78,19 +77,18 @@ class _SecondMoments(Aligned):
         self.moments: dict[int, torch.Tensor] = {}
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
-        for slot, axis in self.wanted.get(op, ()):
-            self._look(slot, axis, self.graph.recording.calls[op].args[max(0, shift) :], args[max(0, -shift) :])
+        for slot, wanted in self.wanted.get(op, ()):
+            # The first, should two arguments carry the axis.
+            found = next(((v, dim) for v, dim, axis in self.labelled(op, args, shift) if axis == wanted), None)
+            if found is not None:
+                second = _second_moments(*found)
+                self.moments[slot] = self.moments[slot] + second if slot in self.moments else second
         return func(*args, **kwargs)
 
-    def _look(self, slot: int, axis: int, recorded: tuple, args: tuple) -> None:
-        for ref, value in zip(recorded, args, strict=False):
-            if not isinstance(ref, Ref) or not self.graph.is_activation(ref):
-                continue
-            for dim in range(value.dim()):
-                if self.graph._core.axis_of(ref, dim) == axis:
-                    rows = value.movedim(dim, -1).reshape(-1, value.shape[dim])
-                    rows = rows[:: -(-len(rows) // _MOST_ROWS)]
-                    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-                    second = rows.mT @ rows / len(rows)
-                    self.moments[slot] = self.moments[slot] + second if slot in self.moments else second
-                    return
+
+def _second_moments(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """[positions of dim] x [positions of dim], averaged over all else."""
+    rows = value.movedim(dim, -1).reshape(-1, value.shape[dim])
+    rows = rows[:: -(-len(rows) // _MOST_ROWS)]
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    return rows.mT @ rows / len(rows)

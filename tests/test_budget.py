@@ -9,6 +9,7 @@ from reference.networks import Plain, Residual
 from torch import Tensor, nn
 
 from stamp_fast import ArgumentError, Budget, BudgetError, ChannelGraph, importance, prune, trace
+from stamp_fast.budget.budget import _fill, _removal_units
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -108,6 +109,43 @@ def test_coarse_networks_are_met_or_refused(widths, ask, seed):
     graph.compact(keep)
     assert measured(model, "macs") / dense <= 1.02 * ask
     assert bool(keep.all()) or measured(model, "macs") / dense >= 0.98 * ask
+
+
+def filled_one_by_one(budget, graph, keep, units, closed):
+    """`_fill` with a try for every unit."""
+    groups = units.groups.tolist()
+    for limit in (1.0, 1.02):
+        full = set(closed)
+        for i in reversed(range(len(units))):
+            if groups[i] in full or bool(keep[units.unit(i)].any()):
+                continue
+            trial = keep.clone()
+            trial[units.unit(i)] = True
+            if budget.used(graph, trial) > limit:
+                full.add(groups[i])
+                continue
+            keep = trial
+            if budget.used(graph, keep) >= 0.98:
+                return keep
+    return keep
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    widths=st.lists(st.integers(2, 24), min_size=1, max_size=4),
+    ask=st.floats(0.1, 0.95),
+    gone=st.floats(0.1, 1.0),
+    closed=st.sets(st.integers(0, 3), max_size=1),
+    round_to=st.sampled_from([1, 3]),
+    seed=st.integers(0, 99),
+)
+def test_units_are_brought_back_as_if_one_by_one(widths, ask, gone, closed, round_to, seed):
+    graph = trace(chain(*widths), X)
+    units = _removal_units(graph, scores_of(graph, seed).double(), "global", round_to, 0.0)
+    budget = Budget(macs=ask)
+    keep = units.without_first(graph, round(gone * len(units)))
+    expected = filled_one_by_one(budget, graph, keep, units, closed)
+    assert torch.equal(_fill(budget, graph, keep, units, closed), expected)
 
 
 @pytest.mark.parametrize("ranking", ["global", "local"])

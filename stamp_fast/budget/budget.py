@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -160,6 +159,15 @@ class _Removals:
         keep[self.classes[: self.ends[count - 1] if count else 0]] = False
         return keep
 
+    def brought_back(self, keep: torch.Tensor, which: list[int]) -> torch.Tensor:
+        """`keep` with these units in it."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[which] = True
+        sizes = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+        result = keep.clone()
+        result[self.classes[torch.repeat_interleave(chosen, sizes)]] = True
+        return result
+
 
 def check_round_to(round_to: Any) -> None:
     """Raises ArgumentError unless it is None or a whole number of at least 1."""
@@ -274,27 +282,17 @@ def _fill(budget: Budget, graph: ChannelGraph, keep: torch.Tensor, units: _Remov
         first = keep[units.classes[units.ends - 1]].tolist()  # the classes of a unit come and go together
         waiting = [i for i in reversed(range(len(units))) if not first[i]]
         while waiting := [i for i in waiting if groups[i] not in full]:
-            back = functools.partial(_brought_back, keep, units, waiting)
 
             def use(count: int) -> float:
-                return budget.used(graph, back(count))  # noqa: B023  (used at once)
+                return budget.used(graph, units.brought_back(keep, waiting[:count]))  # noqa: B023  (used at once)
 
             # Costs only grow: as many as fit are found by bisection, and of those the fewest that are enough.
             fits = bisect.bisect_right(range(1, len(waiting) + 1), limit, key=use)
             if fits and use(fits) >= 1 - TOLERANCE:
-                return back(1 + bisect.bisect_left(range(1, fits + 1), 1 - TOLERANCE, key=use))
-            keep = back(fits)
+                enough = 1 + bisect.bisect_left(range(1, fits + 1), 1 - TOLERANCE, key=use)
+                return units.brought_back(keep, waiting[:enough])
+            keep = units.brought_back(keep, waiting[:fits])
             if fits < len(waiting):
                 full.add(groups[waiting[fits]])
             waiting = waiting[fits + 1 :]
     return keep
-
-
-def _brought_back(keep: torch.Tensor, units: _Removals, order: list[int], count: int) -> torch.Tensor:
-    chosen = torch.zeros(len(units), dtype=torch.bool)
-    chosen[order[:count]] = True
-    trial = keep.clone()
-    trial[units.classes[torch.repeat_interleave(chosen, torch.diff(units.ends, prepend=units.ends.new_zeros(1)))]] = (
-        True
-    )
-    return trial

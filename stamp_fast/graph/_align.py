@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
+from ._record import Ref
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -82,6 +84,16 @@ class Aligned(TorchDispatchMode):
     def missed(self) -> list[int]:
         """Recorded calls that matter but were not run."""
         return sorted(self._needed.intersection(op for calls in self._expected.values() for op in calls))
+
+    def labelled(self, op: int, args: tuple, shift: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+        """Activations among the arguments that `on_call` was given, with each dim that has labels and its axis."""
+        recorded = self.graph.recording.calls[op].args[max(0, shift) :]
+        for ref, value in zip(recorded, args[max(0, -shift) :], strict=False):
+            if isinstance(ref, Ref) and self.graph.is_activation(ref):
+                for dim in range(value.dim()):
+                    axis = self.graph._core.axis_of(ref, dim)
+                    if axis >= 0:
+                        yield value, dim, axis
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
         """`args[i]` is argument `i + shift` of the recorded call."""

@@ -97,12 +97,6 @@ class Recorder(TorchDispatchMode):
                 continue
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
             self._adopt(tensor, twin, position)
-            if tensor.is_meta:  # in a replay
-                self._known[id(tensor)] = Ref(position), tensor
-                self.made.append(tensor)
-                continue
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
-            self._adopt(tensor, twin, position)
             self._storages[tensor.untyped_storage().data_ptr()] = position
             other = first.setdefault((tensor.data_ptr(), tensor.numel()), position) if tensor.numel() else position
             if other != position:  # two objects with one memory (`a.data = b.data`): a cut would part them

@@ -66,7 +66,7 @@ def adapt(
         budget: the expected cost is pushed towards it, and the live part of the network shrinks to it step by step.
         set_size: examples in the data set: the weight of the KL term is 1 / set_size.
     """
-    with _gradients_set_aside(graph.model):
+    with gradients_set_aside(graph.model):
         fit_head(graph, batches(steps), loss_fn)
         for _ in inner_steps(graph, gates, batches(steps), steps, loss_fn, budget, set_size, generator, settings):
             on_step()
@@ -122,7 +122,7 @@ def _trained(graph: ChannelGraph, mode: str) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     """The caller's gradients are neither trained on nor changed, and an optimizer that steps in the backward rests."""
     saved = [(p, p.grad) for p in model.parameters()]
     hooks = [table for p, _ in saved if (table := p._post_accumulate_grad_hooks)]

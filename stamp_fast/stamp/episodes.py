@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from ..errors import ArgumentError, LoaderError
@@ -118,18 +117,3 @@ def _labels(dataset: Any) -> Any:
         raise ArgumentError(
             f"labels: the data set does not yield (input, class index) pairs ({error}); pass labels="
         ) from error
-
-
-def first_batch(inputs: Any, count: int) -> Any:
-    """The first `count` examples of a batch."""
-    if isinstance(inputs, torch.Tensor):
-        return inputs[:count]
-    if isinstance(inputs, dict):
-        return {key: first_batch(value, count) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(first_batch(value, count) for value in inputs)
-    return inputs
-
-
-def examples_in(inputs: Any) -> int:
-    return next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim())

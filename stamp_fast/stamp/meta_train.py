@@ -7,13 +7,13 @@ first-order gradient of the query loss at the adapted point, the reference weigh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 
 from .._files import opened, real_path, write
 from ..budget import Budget
+from ..data import some_examples
 from ..errors import ArgumentError, CheckpointError
 from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
-from .adapt import Settings, _gradients_set_aside, inner_steps
+from ..graph._snapshot import Snapshot
+from .adapt import Settings, gradients_set_aside, inner_steps
 from .architecture import Architecture
-from .episodes import Episode, Episodes, examples_in, first_batch
+from .episodes import Episode, Episodes
 from .gates import BetaBernoulliGates
 from .head import fit_head
 from .mask_generator import MaskGenerator
@@ -121,7 +123,7 @@ def meta_train(
     network = unwrapped(model)
     plan = Schedule(**schedule)
     episodes = Episodes(dataset, plan.seed, labels, plan.classes, plan.shots, plan.queries)
-    example = first_batch(episodes[0].support[0], 2)
+    example = some_examples(episodes[0].support[0], 2)
     graph = trace(network, example)
     graph.settle()
     with torch.random.fork_rng(devices=[]):
@@ -132,7 +134,9 @@ def meta_train(
     updates = math.ceil(plan.tasks / plan.tasks_per_update)
     rank, ranks = _place()
     bar = tqdm(total=updates, initial=done, desc="meta-train", disable=not progress or rank > 0, unit="update")
-    with bar, _restored(network) as restore:
+    before = Snapshot(network, copy_values=True)
+    with bar, contextlib.ExitStack() as stack:
+        stack.callback(before.restore)
         for update in range(done, updates):
             begin = time.perf_counter()
             tasks = range(update * plan.tasks_per_update, min((update + 1) * plan.tasks_per_update, plan.tasks))
@@ -140,7 +144,7 @@ def meta_train(
             for task in tasks:
                 if task % ranks == rank:
                     outcomes[task] = run_task(graph, generator, episodes, task, plan)
-                    restore()
+                    before.restore()
             loss, macs = _step(generator, optimizer, outcomes, tasks)
             rate = len(tasks) / (time.perf_counter() - begin)
             bar.set_postfix(loss=f"{loss:.3f}", macs=f"{macs:.3f}", rate=f"{rate:.1f} tasks/s", refresh=False)
@@ -165,7 +169,7 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
         for parameter in graph.output_parameters():
             parameter.zero_()
     size = len(episode.support[1])
-    with _gradients_set_aside(graph.model), torch.random.fork_rng(devices=[]):
+    with gradients_set_aside(graph.model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # dropout
         fit_head(graph, _batches(episode, plan.head_steps, plan.batch_size, rng), loss_fn)
         batches = _batches(episode, plan.inner_steps, plan.batch_size, rng)
@@ -225,7 +229,7 @@ def _place() -> tuple[int, int]:
 
 def _batches(episode: Episode, count: int, size: int, rng: torch.Generator) -> Iterator[Any]:
     inputs, targets = episode.support
-    examples = examples_in(inputs)
+    examples = len(targets)
     order: list[int] = []
     for _ in range(count):
         while len(order) < min(size, examples):
@@ -254,22 +258,6 @@ def _loss_over(classes: int) -> Callable[[nn.Module, Any], torch.Tensor]:
 
 def _image_shape(example: Any) -> tuple[int, ...] | None:
     return tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else None
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yields a function that puts back the reference weights; they are put back at the end, too."""
-    before = [(p, p.detach().clone()) for p in model.parameters()]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
-
-    try:
-        yield restore
-    finally:
-        restore()
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

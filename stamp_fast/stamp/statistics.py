@@ -6,12 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ..graph import _record
 from ..graph._align import Aligned
 from ..graph._plan import swapped
-from ..graph._record import Ref
 
 if TYPE_CHECKING:
     from ..graph import ChannelGraph
@@ -26,7 +24,7 @@ def image_means(graph: ChannelGraph, inputs: Any, grad: bool = False) -> torch.T
     Args:
         grad: differentiable in the inputs; all activations that are read stay in memory for it.
     """
-    images = next(t.shape[0] for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.dim())
+    images = _record.batch_size(inputs)
     mode = _Readings(graph, images, grad)
     with _copies(graph) if grad else nullcontext():
         _record.evaluate(graph.model, inputs, mode, grad)
@@ -71,18 +69,8 @@ class _Readings(Aligned):
         self.whole = whole
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
-        if op in self.readers:
-            self._look(self.graph.recording.calls[op].args[max(0, shift) :], args[max(0, -shift) :])
+        for value, dim, axis in self.labelled(op, args, shift) if op in self.readers else ():
+            classes = torch.from_numpy(self.graph._core.axis_classes(axis))
+            if value.is_floating_point() and classes.numel() == value.shape[dim]:
+                self.read.append(((value, dim) if self.whole else _means(value, dim, self.images), classes))
         return func(*args, **kwargs)
-
-    def _look(self, recorded: tuple, args: tuple) -> None:
-        for ref, value in zip(recorded, args, strict=False):
-            if not isinstance(ref, Ref) or not self.graph.is_activation(ref) or not value.is_floating_point():
-                continue
-            for dim in range(value.dim()):
-                axis = self.graph._core.axis_of(ref, dim)
-                if axis < 0:
-                    continue
-                classes = torch.from_numpy(self.graph._core.axis_classes(axis))
-                if classes.numel() == value.shape[dim]:
-                    self.read.append(((value, dim) if self.whole else _means(value, dim, self.images), classes))

@@ -9,7 +9,6 @@ from reference.randomise import randomise
 from torch import Tensor, nn
 
 from stamp_fast import ArgumentError, trace
-from stamp_fast.graph import _replay
 
 
 def tokens(count: int = 8) -> Tensor:
@@ -73,15 +72,6 @@ def swin(blocks: int, heads: int = 3) -> Custom:
         lambda m, x: m.head(m.body(m.embed(x)).mean(1)),
         **{"embed": nn.Linear(5, width), "body": body, "head": nn.Linear(2 * width, 4)},
     )
-
-
-@pytest.fixture
-def replays(monkeypatch) -> list[None]:
-    """One entry for each replay."""
-    done: list[None] = []
-    original = _replay.compare
-    monkeypatch.setattr(_replay, "compare", lambda *args: (done.append(None), original(*args))[1])
-    return done
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,7 +12,7 @@ from reference.state import Frozen
 from torch import Tensor, nn
 
 from stamp_fast import ArgumentError, CompactionError, trace
-from stamp_fast.graph import _compact, _replay
+from stamp_fast.graph import _compact
 
 
 def conv(i: int, o: int, k: int = 1) -> nn.Conv2d:
@@ -178,15 +178,6 @@ def blocks(*hidden: int) -> nn.Sequential:
         *(conv(3, 12), nn.ReLU(), *(Block(12, h) for h in hidden), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         nn.Linear(12, 4),
     )
-
-
-@pytest.fixture
-def replays(monkeypatch) -> list[None]:
-    """One entry for each replay."""
-    done: list[None] = []
-    original = _replay.compare
-    monkeypatch.setattr(_replay, "compare", lambda *args: (done.append(None), original(*args))[1])
-    return done
 
 
 def test_modules_of_one_class_cost_no_further_replays(replays):
