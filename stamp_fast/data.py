@@ -76,31 +76,55 @@ class Batches:
         Raises:
             ArgumentError: the batch is neither; `example` has to say what the model takes.
         """
-        if isinstance(self.first, torch.Tensor):
-            return self.first
-        if isinstance(self.first, (tuple, list)) and self.first and isinstance(self.first[0], torch.Tensor):
-            return self.first[0]
-        if isinstance(self.first, (tuple, list)) and self.first and _is_image_list(self.first[0]):
-            return (list(self.first[0]),)
-        raise ArgumentError(
-            f"example: the loader yields {type(self.first).__name__} batches; pass example=, the input (or tuple or "
-            "dict of inputs) of one forward"
-        )
+        return _inputs(self.first)
 
-    def labels(self) -> torch.Tensor | None:
-        """Class indices of the first batch, where that is what its second part holds."""
-        targets = self.first[1] if isinstance(self.first, (tuple, list)) and len(self.first) == 2 else None
-        is_classes = isinstance(targets, torch.Tensor) and targets.dim() == 1 and not targets.is_floating_point()
-        return targets if is_classes else None
+    def sample(self, examples: int) -> tuple[list[Any], torch.Tensor | None]:
+        """The model's inputs in the first batches of a pass, until there are so many examples or the pass ends.
+
+        Returns:
+            What each forward takes, and the class indices of all examples, where that is what the batches hold.
+        """
+        inputs, labels, seen = [], [], 0
+        batches = iter(self._one_pass())
+        while seen < examples and (batch := _next(batches)) is not None:
+            moved = self._moved(batch)
+            inputs.append(_inputs(moved))
+            labels.append(_labels(moved))
+            seen += _examples(moved)
+        return inputs, torch.cat(labels) if all(part is not None for part in labels) else None
 
     def size(self) -> int:
         """Examples in the data set, as far as the loader says; else in the first batch."""
         try:
             return len(self._loader.dataset)
         except (AttributeError, TypeError):
-            if isinstance(self.first, (tuple, list)) and self.first and _is_image_list(self.first[0]):
-                return len(self.first[0])
-            return next((len(t) for t in tree_leaves(self.first) if isinstance(t, torch.Tensor) and t.dim()), 1)
+            return _examples(self.first)
+
+
+def _inputs(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor):
+        return batch[0]
+    if isinstance(batch, (tuple, list)) and batch and _is_image_list(batch[0]):
+        return (list(batch[0]),)
+    raise ArgumentError(
+        f"example: the loader yields {type(batch).__name__} batches; pass example=, the input (or tuple or dict of "
+        "inputs) of one forward"
+    )
+
+
+def _labels(batch: Any) -> torch.Tensor | None:
+    """Class indices, where that is what the second part of the batch holds."""
+    targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    is_classes = isinstance(targets, torch.Tensor) and targets.dim() == 1 and not targets.is_floating_point()
+    return targets if is_classes else None
+
+
+def _examples(batch: Any) -> int:
+    if isinstance(batch, (tuple, list)) and batch and _is_image_list(batch[0]):
+        return len(batch[0])
+    return next((len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim()), 1)
 
 
 def _is_image_list(value: Any) -> bool:

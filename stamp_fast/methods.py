@@ -20,28 +20,30 @@ _FLOOR = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What a method may look at."""
-
-    graph: ChannelGraph
-    batches: Batches
-    inputs: Any
-    loss_fn: LossFn
-    budget: Budget
-    steps: int
-    seed: int | None
-    generator: MaskGenerator | None
-    labels: torch.Tensor | None  # classes of the inputs, where they are known
-    on_step: Callable[[], None]
-
-
-@dataclasses.dataclass(frozen=True)
 class Ranking:
     """Scores per class, higher = keep, and how `Budget.select` is to compare them."""
 
     scores: torch.Tensor
     ranking: str
     floor: float = 0.0
+    folded: bool = False  # what goes was folded into what stays
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a method may look at."""
+
+    graph: ChannelGraph
+    batches: Batches
+    sample: tuple[list[Any], torch.Tensor | None]  # inputs of a few forwards; classes of the examples, where known
+    loss_fn: LossFn
+    budget: Budget
+    steps: int
+    seed: int | None
+    generator: MaskGenerator | None
+    reconstruction: bool
+    choose: Callable[[Ranking], torch.Tensor]  # what stays for a ranking, fixed groups seen to
+    on_step: Callable[[], None]
 
 
 def _stamp(request: Request) -> Ranking:
@@ -50,10 +52,11 @@ def _stamp(request: Request) -> Ranking:
         generator.manual_seed(request.seed)
     else:
         generator.seed()
+    inputs, labels = request.sample
     if request.generator is None:
-        gates, settings = unconditional(request.graph, request.inputs), Settings()
+        gates, settings = unconditional(request.graph, inputs), Settings()
     else:
-        gates = request.generator.gates(request.graph, request.inputs, request.labels, request.budget)
+        gates = request.generator.gates(request.graph, inputs, labels, request.budget)
         settings = Settings(mode=request.generator.mode)
     scores = adapt(
         request.graph,
@@ -61,13 +64,16 @@ def _stamp(request: Request) -> Ranking:
         request.batches.take,
         request.loss_fn,
         request.budget,
+        lambda scores: request.choose(Ranking(scores, "global", settings.floor)),
         steps=request.steps,
         set_size=request.batches.size(),
+        folds=inputs if request.reconstruction else None,
         generator=generator,
         settings=settings,
         on_step=request.on_step,
     )
-    return Ranking(scores, "global", _FLOOR)
+    folded = request.reconstruction and settings.mode == "joint" and request.steps > 0
+    return Ranking(scores, "global", settings.floor, folded)
 
 
 def _taylor(request: Request) -> Ranking:

@@ -30,6 +30,7 @@ from .stamp import MaskGenerator
 from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
+_SAMPLE = 256  # examples that method "stamp" conditions its masks on, and that `reconstruction` folds on
 _reports: WeakKeyDictionary[nn.Module, PruneReport] = WeakKeyDictionary()
 
 
@@ -42,7 +43,7 @@ def prune(
     generator: MaskGenerator | str | PathLike | None = None,
     steps: int = 20,
     loss_fn: LossFn | None = None,
-    reconstruction: bool = False,
+    reconstruction: bool | None = None,
     optimizer: Optimizers = None,
     example: Any = None,
     keep: Collection[str] = (),
@@ -58,14 +59,14 @@ def prune(
         model: on one device, with a head for the loader's classes. Training flags are left as they are.
         loader: yields (inputs, targets), or anything that `loss_fn` understands. Inputs may be a list of images.
         budget: fractions of the dense network that may stay.
-        method: "stamp" (gates and weights trained jointly for `steps` steps), "taylor", "magnitude", "bn_scale",
-            "random".
+        method: "stamp" (the head is fitted, then gates and weights are adapted in `steps` steps each), "taylor",
+            "magnitude", "bn_scale", "random".
         generator: for method "stamp", meta-learned for this network by `stamp.meta_train`, or the file it was saved to.
-        steps: batches that method "stamp" trains on; with a generator 0 will do, too.
+        steps: batches that method "stamp" adapts the gates on; with a generator 0 will do, too.
         loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets. It may need the
             model in training mode, like the losses of a detector: sum(model(*batch).values()).
-        reconstruction: folds what is removed into the weights that read what stays, by least squares on the first
-            batch.
+        reconstruction: folds what is removed into the weights that read what stays, by least squares on 256 examples.
+            By default method "stamp" does and the others do not.
         optimizer: one or several; their state is cut along with the parameters. For an average of the weights pass
             both to `ChannelGraph.compact` instead.
         example: what one forward takes (tensor, tuple or dict; first dim = batch, or a list of images in a tuple),
@@ -96,15 +97,17 @@ def prune(
         optimizer,
         seed,
         loss_fn,
-        {"strict": strict, "verify": verify, "reconstruction": reconstruction},
+        {"strict": strict, "verify": verify, "reconstruction": reconstruction is None or reconstruction},
     )
+    reconstruction = method == "stamp" if reconstruction is None else reconstruction
     generator = check_generator(generator, method, steps)
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
     loss_fn = guarded(loss_fn or cross_entropy)
     inputs = batches.inputs() if example is None else example
-    phases = Phases(progress, steps if method == "stamp" else 0)
+    rounds = 0 if method != "stamp" else 1 if generator is not None and generator.mode == "structure" else 2
+    phases = Phases(progress, rounds * steps)
     before = Snapshot(network, optimizer, copy_values=True)
     try:
         with phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
@@ -122,14 +125,25 @@ def prune(
                 dense = _copy(network)
             # A cache that is filled here would make the smaller network run other operators than the trace.
             with phases("score"), attributes_restored(network), in_mode(network, training=True):
-                labels = batches.labels() if example is None else None
+                wanted = method == "stamp" or reconstruction
+                sample = batches.sample(_SAMPLE) if wanted and example is None else ([inputs], None)
                 request = Request(
-                    graph, batches, inputs, loss_fn, budget, steps, seed, generator, labels, phases.advance
+                    graph=graph,
+                    batches=batches,
+                    sample=sample,
+                    loss_fn=loss_fn,
+                    budget=budget,
+                    steps=steps,
+                    seed=seed,
+                    generator=generator,
+                    reconstruction=reconstruction,
+                    choose=lambda ranked: _chosen(graph, ranked, budget, round_to, strict),
+                    on_step=phases.advance,
                 )
                 ranked = METHODS[method](request)
             with in_mode(network, training=False):
                 examples = some_examples(inputs, 8) if verify else None
-                folds = inputs if reconstruction else None
+                folds = sample[0] if reconstruction and not ranked.folded else None
                 kept, verified = _select_and_cut(
                     graph, ranked, budget, round_to, optimizer, strict, folds, examples, phases
                 )
@@ -169,17 +183,12 @@ def _select_and_cut(
     phases: Phases,
 ) -> tuple[torch.Tensor, Verification | None]:
     """Cuts what the scores and the budget say; a group that turns out to be fixed is kept and the rest chosen anew."""
+    if folds is not None:
+        with phases("cut"):
+            reconstruct(graph, _chosen(graph, ranked, budget, round_to, strict), folds)
     while True:
         with phases("cut"):
-            kept = graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
-        if folds is not None:
-            try:
-                with phases("cut"):
-                    graph.check(kept)  # weights are folded for one choice only: it has to be the last
-                    reconstruct(graph, kept, folds)
-            except CompactionError as fixed:
-                _keep_fixed(graph, fixed, strict)
-                continue
+            kept = _select(graph, ranked, budget, round_to)
         verified = None
         if examples is not None:
             with phases("verify"):
@@ -196,6 +205,21 @@ def _select_and_cut(
                 if not verified.compare(dense):
                     graph.compact(kept, optimizer=optimizer)
         return kept, verified
+
+
+def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None) -> torch.Tensor:
+    return graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+
+
+def _chosen(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None, strict: bool) -> torch.Tensor:
+    """What stays, after a replay: what is trained or folded for one choice needs it to be the last."""
+    while True:
+        kept = _select(graph, ranked, budget, round_to)
+        try:
+            graph.check(kept)
+            return kept
+        except CompactionError as fixed:
+            _keep_fixed(graph, fixed, strict)
 
 
 def _keep_fixed(graph: ChannelGraph, fixed: CompactionError, strict: bool) -> None:

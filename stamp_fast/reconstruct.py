@@ -1,7 +1,9 @@
 """Folds what is removed into what stays, by least squares on the data: the smaller network starts close to the whole.
 
 Ours, after the reconstruction step of channel pruning (He et al. 2017, arXiv 1707.06168) and ThiNet (Luo et al. 2017,
-arXiv 1707.06342), without their search: no gradient, one forward.
+arXiv 1707.06342), without their search: no gradient, a forward a batch. All that read the same channels share one
+solution, where those fit each reader by itself: trained on, the network then learns faster (measured on glyphs ->
+Fashion-MNIST at an eighth of the MACs: half a point to a point after 100 steps).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .graph import ChannelGraph, _record
+from .graph import ChannelGraph
 from .graph._align import Aligned
 
 _MOST_POSITIONS = 4096  # of a dim that is read: the moments are its square
@@ -27,19 +29,17 @@ def reconstruct(graph: ChannelGraph, keep: torch.Tensor, inputs: Any, ridge: flo
 
     Args:
         keep: bool, [num_classes].
-        inputs: of one forward, in eval mode; what the moments of x are taken from.
-        ridge: relative to the mean square of x_K.
+        inputs: what a forward takes, or a list of that; the moments of x are taken from these, in eval mode.
+        ridge: relative to the mean square of x.
 
     Returns:
         Names of the parameters that were changed. Left as they are: readers of over 4,096 positions, and those whose
         activation does not have the positions of the weight one by one (grouped convolutions).
     """
     keep = graph.checked(keep)
-    moments = _moments(graph, keep, inputs)
     changed = []
-    for i, second in moments.items():
-        slot, dim = graph.slots[i], graph.reader_dim(i)
-        classes = slot.axes[dim]
+    for axis, (slots, second) in _moments(graph, keep, inputs).items():
+        classes = torch.from_numpy(graph._core.axis_classes(axis))
         stays = (classes < 0) | keep[classes.clamp(min=0)]
         kept, gone = stays.nonzero().flatten().to(second.device), (~stays).nonzero().flatten().to(second.device)
         square = second[kept][:, kept]
@@ -48,41 +48,50 @@ def reconstruct(graph: ChannelGraph, keep: torch.Tensor, inputs: Any, ridge: flo
             continue
         square = square + ridge * scale * torch.eye(len(kept), dtype=square.dtype, device=square.device)
         solution = torch.linalg.solve(square, second[kept][:, gone])  # [kept, gone], M transposed
-        weight = slot.tensor.data.movedim(dim, -1)
-        folded = weight[..., kept].to(solution.dtype) + weight[..., gone].to(solution.dtype) @ solution.mT
-        if bool(folded.isfinite().all()):
-            weight[..., kept] = folded.to(weight.dtype)
-            changed.append(slot.name)
+        for i in sorted(slots):
+            slot = graph.slots[i]
+            weight = slot.tensor.data.movedim(graph.reader_dim(i), -1)
+            folded = weight[..., kept].to(solution.dtype) + weight[..., gone].to(solution.dtype) @ solution.mT
+            if bool(folded.isfinite().all()):
+                weight[..., kept] = folded.to(weight.dtype)
+                changed.append(slot.name)
     return changed
 
 
-def _moments(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> dict[int, torch.Tensor]:
-    """E[x x^T] of what every weight reads that loses columns, by slot."""
-    wanted: dict[int, list[tuple[int, int]]] = {}  # operator -> weights that it reads, each with its number of columns
+def _moments(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> dict[int, tuple[set[int], torch.Tensor]]:
+    """For every axis that loses positions, the weights that read it and E[x x^T] over all that they read."""
+    wanted: dict[int, list[tuple[int, int]]] = {}  # operator -> weights that it reads, each with the axis
     for read in graph._core.reads:
         if read.slot >= 0 and graph.reader_dim(read.slot) == read.slot_dim and len(graph.slots[read.slot].axes) > 1:
             classes = graph.slots[read.slot].axes[read.slot_dim]
             loses = not bool(keep[classes[classes >= 0]].all())
             if loses and classes.numel() <= _MOST_POSITIONS:
                 wanted.setdefault(read.op, []).append((read.slot, read.axis))
-    mode = _SecondMoments(graph, wanted)
-    _record.evaluate(graph.model, inputs, mode)
-    return mode.moments
+    moments: dict[int, tuple[set[int], torch.Tensor]] = {}
+    for one in inputs if isinstance(inputs, list) else [inputs]:
+        mode = _SecondMoments(graph, wanted)
+        mode.run(one)
+        for slot, axis, second in mode.seen:
+            size = second.diagonal().mean()  # layers far apart in scale count alike
+            if bool(size > 0):
+                slots, total = moments.setdefault(axis, (set(), torch.zeros_like(second)))
+                slots.add(slot)
+                total += second / size
+    return moments
 
 
 class _SecondMoments(Aligned):
     def __init__(self, graph: ChannelGraph, wanted: dict[int, list[tuple[int, int]]]) -> None:
         super().__init__(graph, needed=set())
         self.wanted = wanted
-        self.moments: dict[int, torch.Tensor] = {}
+        self.seen: list[tuple[int, int, torch.Tensor]] = []  # weight, axis, E[x x^T]
 
     def on_call(self, op: int, func, args: tuple, kwargs: dict, shift: int = 0):
         for slot, wanted in self.wanted.get(op, ()):
             # The first, should two arguments carry the axis.
             found = next(((v, dim) for v, dim, axis in self.labelled(op, args, shift) if axis == wanted), None)
             if found is not None:
-                second = _second_moments(*found)
-                self.moments[slot] = self.moments[slot] + second if slot in self.moments else second
+                self.seen.append((slot, wanted, _second_moments(*found)))
         return func(*args, **kwargs)
 
 

@@ -91,6 +91,36 @@ def test_linear_reader_against_least_squares():
     assert torch.allclose(model[2].weight[:, :4], wanted, atol=1e-6)
 
 
+class Twice(nn.Module):
+    """Two layers read the same channels, one of them much larger values than the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 6)
+        self.one, self.other = nn.Linear(6, 4), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.one(x.relu()), self.other(100 * x.tanh())
+
+
+def test_readers_of_one_axis_share_the_solution():
+    model = Twice().double()
+    inputs = [torch.randn(20, 3, dtype=torch.float64) for _ in range(2)]
+    hidden = [model.first(x).detach() for x in inputs]
+    moments = []
+    for read in ([h.relu() for h in hidden], [100 * h.tanh() for h in hidden]):
+        moments += [second / second.diagonal().mean() for second in (h.mT @ h / len(h) for h in read)]
+    second = sum(moments)
+    wanted = torch.linalg.solve(second[:4, :4], second[:4, 4:]).mT
+    weights = [layer.weight.detach().clone() for layer in (model.one, model.other)]
+    graph = trace(model, inputs[0])
+    assert reconstruct(graph, keep_of(graph, "first", 4), inputs, ridge=1e-13) == ["one.weight", "other.weight"]
+    for layer, weight in zip((model.one, model.other), weights, strict=True):
+        assert torch.allclose(layer.weight[:, :4], weight[:, :4] + weight[:, 4:] @ wanted, atol=1e-8)
+        assert torch.equal(layer.weight[:, 4:], weight[:, 4:])
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "bfloat16"])
 def test_other_layouts_and_dtypes(layout):
     model = randomise(Residual()).eval()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import TraceError
-from ._record import Ref
+from ..errors import LoaderError, StampFastError, TraceError
+from ._record import Ref, evaluate
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -80,6 +80,21 @@ class Aligned(TorchDispatchMode):
             expected.clear()
             return func(*args, **kwargs)
         return self.on_call(expected.pop(), func, args, kwargs)
+
+    def run(self, inputs: Any, grad: bool = False) -> Any:
+        """One forward in eval mode; its output.
+
+        Raises:
+            LoaderError: the model cannot take these inputs.
+        """
+        try:
+            return evaluate(self.graph.model, inputs, self, grad)
+        except StampFastError:
+            raise
+        except Exception as error:
+            raise LoaderError(
+                f"loader: the model cannot take the inputs of one of its batches: {type(error).__name__}: {error}"
+            ) from error
 
     def missed(self) -> list[int]:
         """Recorded calls that matter but were not run."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,17 +23,24 @@ def fit_head(graph: ChannelGraph, batches: Iterable[Any], loss_fn: Callable[[nn.
     if not head:
         return
     chosen = {id(p) for p in head}
-    rest = [p for p in graph.model.parameters() if p.requires_grad and id(p) not in chosen]
     optimizer = torch.optim.Adam(head, lr=_LEARNING_RATE)
     plan = graph.plan(graph.all_kept())
-    for parameter in rest:
-        parameter.requires_grad_(False)
-    try:
+    with torch.enable_grad(), fixed(p for p in graph.model.parameters() if id(p) not in chosen):
         for batch in batches:
-            with torch.enable_grad(), graph.masked(plan):
+            with graph.masked(plan):
                 loss_fn(graph.model, batch).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These want no gradient, so none is computed for them."""
+    wanted = [p for p in parameters if p.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
     finally:
-        for parameter in rest:
+        for parameter in wanted:
             parameter.requires_grad_(True)

@@ -78,7 +78,7 @@ class MaskGenerator(nn.Module):
         mode: str = "joint",
     ) -> MaskGenerator:
         """Its gates rank as the L1 norm does, with equal shares of every group."""
-        return MaskGenerator(Architecture.of(graph), encoder, image_shape, _ranks(graph), mode)
+        return MaskGenerator(Architecture.of(graph), encoder, image_shape, l1_ranks(graph), mode)
 
     def forward(
         self, graph: ChannelGraph, inputs: Any, labels: torch.Tensor | None, budget: Budget
@@ -86,7 +86,7 @@ class MaskGenerator(nn.Module):
         """What it says of a set, differentiable in its parameters.
 
         Args:
-            inputs: the model's inputs for the images of the set.
+            inputs: what a forward takes, or a list of that: the images of the set.
             labels: int, [images], or None.
 
         Returns:
@@ -162,7 +162,7 @@ class MaskGenerator(nn.Module):
         self.tasks += 1
 
 
-def _ranks(graph: ChannelGraph) -> torch.Tensor:
+def l1_ranks(graph: ChannelGraph) -> torch.Tensor:
     """Rank by L1 norm within the group, evenly over (0.05, 0.95)."""
     scores = importance.magnitude(graph)
     ranks = torch.empty_like(scores)

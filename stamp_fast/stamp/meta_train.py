@@ -29,11 +29,13 @@ from ..errors import ArgumentError, CheckpointError
 from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
 from ..graph._snapshot import Snapshot
-from .adapt import Settings, gradients_set_aside, inner_steps
+from ..graph._soft_cost import SoftCost
+from ..reconstruct import reconstruct
+from .adapt import Settings, gate_steps, gradients_set_aside, weight_steps
 from .architecture import Architecture
 from .episodes import Episode, Episodes
 from .gates import BetaBernoulliGates
-from .head import fit_head
+from .head import fit_head, fixed
 from .mask_generator import MaskGenerator
 
 __all__ = ["Schedule", "meta_train", "run_task"]
@@ -48,12 +50,13 @@ class Schedule:
     Attributes:
         tasks: how many in all.
         tasks_per_update: gradients are averaged over so many.
-        inner_steps: T, on every task.
+        inner_steps: T, on every task; in mode "joint" of the gates and then of the weights.
         head_steps: steps in which the fresh head is fitted first.
         batch_size: of the inner steps.
         lr: of the outer Adam.
         outer: "first_order": gradient of the query loss at the adapted point; "reptile": the way from the start to it
             (of what the inner steps adapt: the set encoder is not among it).
+        autocast: networks run in bfloat16 where autocast has them do so.
         budgets: fractions of the MACs; every task draws one between the least and the largest.
     """
 
@@ -71,6 +74,7 @@ class Schedule:
     seed: int = 0
     encoder: str = "activation"
     mode: str = "joint"
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         if self.outer not in _OUTER:
@@ -162,25 +166,38 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
     low, high = (math.log(b) for b in plan.budgets)
     budget = Budget(macs=math.exp(low + (high - low) * float(torch.rand((), generator=rng))))
     settings = Settings(mode=plan.mode)
-    loss_fn = _loss_over(episode.classes)
-    start, o = generator(graph, episode.support[0], episode.support[1], budget)
+    loss_fn = _loss_over(episode.classes, plan.autocast)
+    inputs, labels = episode.support
+    start, o = generator(graph, inputs, labels, budget)
     gates = BetaBernoulliGates(**start)
     with torch.no_grad():
         for parameter in graph.output_parameters():
             parameter.zero_()
-    size = len(episode.support[1])
+
+    def batches(count: int) -> Iterator[Any]:
+        return _batches(episode, count, plan.batch_size, rng)
+
     with gradients_set_aside(graph.model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # dropout
-        fit_head(graph, _batches(episode, plan.head_steps, plan.batch_size, rng), loss_fn)
-        batches = _batches(episode, plan.inner_steps, plan.batch_size, rng)
-        for _ in inner_steps(graph, gates, batches, plan.inner_steps, loss_fn, budget, size, rng, settings):
+        fit_head(graph, batches(plan.head_steps), loss_fn)
+        steps = plan.inner_steps
+        for _ in gate_steps(graph, gates, batches(steps), steps, loss_fn, budget, len(labels), rng, settings):
             pass
-        keep = budget.select(graph, gates.probability(), ranking="global", floor=settings.floor, exact=False)
+        # What stays is drawn, so that every channel is tried now and then.
+        drawn = gates.sample(rng).detach()
+        keep = budget.select(graph, drawn, ranking="global", floor=settings.floor, exact=False)
+        reconstruct(graph, keep, inputs)
+        if plan.mode == "joint":
+            for _ in weight_steps(graph, keep, batches(steps), loss_fn, settings):
+                pass
         for parameter in gates.parameters():
             parameter.grad = None
-        with torch.enable_grad(), graph.masked(keep, gates.sample(rng)):
+        mask = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
+        with torch.enable_grad(), fixed(graph.model.parameters()), graph.masked(keep, mask):
             loss = loss_fn(graph.model, episode.query)
             loss.backward()
+        with torch.enable_grad():
+            gates.probability().backward(_at_equal_cost(graph, keep, mask.grad))
     named = dict(gates.named_parameters())
     adapted = {"a": named["a_unconstrained"], "b": named["b_unconstrained"]} | named
     if plan.outer == "reptile":
@@ -196,6 +213,15 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
         materialize_grads=True,
     )
     return Outcome(list(gradients), o.detach(), loss.item(), graph.macs(keep) / graph.macs())
+
+
+def _at_equal_cost(graph: ChannelGraph, keep: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The part of a mask's gradient that leaves the MACs as they are: more of everything is no answer."""
+    masses = keep.to(grad).requires_grad_()
+    with torch.enable_grad():
+        (cost,) = torch.autograd.grad(SoftCost(graph, "macs")(masses), masses)
+    cost = cost * keep.to(cost)
+    return grad - (grad @ cost) / (cost @ cost) * cost
 
 
 def _step(
@@ -239,12 +265,13 @@ def _batches(episode: Episode, count: int, size: int, rng: torch.Generator) -> I
         yield tree_map(lambda t: t[taken], inputs), targets[taken]  # noqa: B023  (used at once)
 
 
-def _loss_over(classes: int) -> Callable[[nn.Module, Any], torch.Tensor]:
+def _loss_over(classes: int, autocast: bool) -> Callable[[nn.Module, Any], torch.Tensor]:
     """Cross entropy over the first outputs: a task's classes take the places of the reference's."""
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         inputs, targets = batch
-        logits = model(inputs)
+        with torch.autocast(targets.device.type, torch.bfloat16, enabled=autocast):
+            logits = model(inputs)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
             shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ArgumentError(

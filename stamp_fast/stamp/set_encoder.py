@@ -116,7 +116,7 @@ class SetEncoder(nn.Module):
         """Looks at a set with the network of `graph`, whose weights get no gradient.
 
         Args:
-            inputs: the model's inputs for all images of the set, in any order.
+            inputs: what a forward takes, or a list of that: all images of the set, in any order.
             labels: int, [images]: their classes; without them the set is taken for one class.
 
         Returns:
@@ -150,6 +150,8 @@ class SetEncoder(nn.Module):
 
     def pseudo_images(self, inputs: Any) -> torch.Tensor:
         """What stands for the set at the network's input, for kind "input": [pseudo_images, *image_shape]."""
+        if isinstance(inputs, list) and all(isinstance(one, torch.Tensor) for one in inputs):
+            inputs = torch.cat(inputs)
         if not isinstance(inputs, torch.Tensor) or tuple(inputs.shape[1:]) != self.image_shape:
             raise ArgumentError(f"encoder: kind 'input' takes one tensor of images of shape {self.image_shape}")
         images = inputs.flatten(1).float()

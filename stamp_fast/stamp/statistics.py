@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 def image_means(graph: ChannelGraph, inputs: Any, grad: bool = False) -> torch.Tensor:
     """Per image and class, the mean activation that the class's readers see: float32, [images, num_classes].
 
-    One eval-mode forward. NaN where nothing reads the class. An activation whose first dim is not the batch counts as
-    the same for all images.
+    One eval-mode forward for each of `inputs`, which is what a forward takes or a list of that. NaN where nothing reads
+    the class. An activation whose first dim is not the batch counts as the same for all images.
 
     Args:
         grad: differentiable in the inputs; all activations that are read stay in memory for it.
     """
+    if isinstance(inputs, list):
+        return torch.cat([image_means(graph, one, grad) for one in inputs])
     images = _record.batch_size(inputs)
     mode = _Readings(graph, images, grad)
     with _copies(graph) if grad else nullcontext():
-        _record.evaluate(graph.model, inputs, mode, grad)
+        mode.run(inputs, grad)
     sums = torch.zeros(images, graph.num_classes, dtype=torch.float32)
     counts = torch.zeros(graph.num_classes, dtype=torch.float32)
     for read, classes in mode.read:

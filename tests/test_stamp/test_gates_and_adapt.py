@@ -9,7 +9,7 @@ from reference.networks import Plain, Residual
 from reference.randomise import random_keep, randomise
 from torch.nn import functional as F
 
-from stamp_fast import ArgumentError, Budget, trace
+from stamp_fast import ArgumentError, Budget, importance, trace
 from stamp_fast.graph._soft_cost import SoftCost
 from stamp_fast.stamp import BetaBernoulliGates, Settings, adapt, expected_gate, kumaraswamy_kl, unconditional
 from stamp_fast.stamp.adapt import standardised
@@ -187,28 +187,47 @@ def test_soft_cost_gradient(kind):
         assert p.grad[c] > 0
 
 
-def adapted(model, x, y, budget=Budget(macs=0.5), seed=0, steps=6):  # noqa: B008  (frozen)
+def adapted(model, x, y, budget=Budget(macs=0.5), seed=0, steps=6, **options):  # noqa: B008  (frozen)
+    """The graph, the probabilities and what is kept by them."""
     graph = trace(model, x)
-    batches = lambda count: [(x, y)] * count  # noqa: E731
-    loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
-    generator = torch.Generator().manual_seed(seed)
     probability = adapt(
-        graph, unconditional(graph, x), batches, loss, budget, steps=steps, set_size=64, generator=generator
+        graph,
+        unconditional(graph, x),
+        lambda count: [(x, y)] * count,
+        lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+        budget,
+        lambda scores: chosen(graph, scores, budget),
+        steps=steps,
+        set_size=64,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
     )
-    return graph, probability
+    return graph, probability, chosen(graph, probability, budget)
 
 
-def test_adaptation_trains_weights_and_leaves_buffers():
+def chosen(graph, scores, budget):
+    return budget.select(graph, scores, ranking="global", floor=0.1, exact=False)
+
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_adaptation_trains_the_weights_that_stay_and_leaves_buffers(folds):
     model = randomise(Residual()).train()
     old = copy.deepcopy(model)
     x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
-    graph, probability = adapted(model, x, y)
+    graph, probability, keep = adapted(model, x, y, folds=[x] if folds else None)
+    positions = kept_positions(graph, keep)
     assert probability.shape == (graph.num_classes,)
     assert ((probability > 0) & (probability < 1)).all()
     assert probability.unique().numel() > graph.num_classes / 2
     for (name, new), before in zip(model.named_parameters(), old.parameters(), strict=True):
         assert not torch.equal(new, before), f"{name} was not trained"
         assert new.grad is None
+        live = torch.ones_like(new, dtype=torch.bool)
+        for dim, stays in enumerate(positions[name]):
+            live &= stays.view([-1 if d == dim else 1 for d in range(new.dim())])
+        # The head was fitted while it still read all channels.
+        unchanged = torch.equal(new[~live], before[~live])
+        assert folds or unchanged or name.startswith("head"), f"{name}: what goes was trained"
     for (name, new), before in zip(model.named_buffers(), old.buffers(), strict=True):
         assert torch.equal(new, before), name
 
@@ -234,15 +253,39 @@ def test_structure_mode_leaves_the_weights():
     model = randomise(Residual()).train()
     old = copy.deepcopy(model)
     x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
-    graph = trace(model, x)
-    loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
-    gates = unconditional(graph, x)
-    before = gates.probability().detach()
-    options = {"steps": 4, "set_size": 64, "settings": Settings(mode="structure")}
-    after = adapt(graph, gates, lambda count: [(x, y)] * count, loss, Budget(macs=0.5), **options)
+    before = unconditional(trace(model, x), x).probability().detach()
+    _, after, _ = adapted(model, x, y, steps=4, settings=Settings(mode="structure"))
     assert not torch.equal(before, after)
     for (name, new), was in zip(model.named_parameters(), old.parameters(), strict=True):
-        is_trained = name.startswith(("head", "bn", "stem.1"))
-        assert torch.equal(new, was) != is_trained, name
+        assert torch.equal(new, was) != name.startswith("head"), name
+        assert new.requires_grad, name
+
+
+def test_unconditional_gates_rank_as_the_norm_does_with_equal_shares():
+    graph = trace(randomise(Residual()), torch.randn(2, 1, 8, 8))
+    gates = unconditional(graph, torch.randn(4, 1, 8, 8))
+    torch.nn.init.zeros_(gates.gamma)  # without what the set has to say
+    probability = gates.probability().detach()
+    scores = importance.magnitude(graph)
+    for group in graph.groups:
+        assert torch.equal(probability[group.classes].argsort(), scores[group.classes].argsort())
+    keep = chosen(graph, probability, Budget(macs=0.4))
+    shares = [keep[g.classes].float().mean().item() for g in graph.groups if g.reason is None]
+    assert max(shares) - min(shares) < 0.26  # one of the 8 channels of the narrowest group, both ways
+
+
+@pytest.mark.parametrize("rest", [torch.nn.Parameter, None])
+def test_joint_mode_without_weights_to_train(rest):
+    model = randomise(Residual()).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if rest is not None:
+        model.head.bias.requires_grad_(True)
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+    _, probability, _ = adapted(model, x, y, steps=2)
+    assert bool(probability.isfinite().all())
+
+
+def test_modes():
     with pytest.raises(ArgumentError, match="mode: must be one of joint, structure, got 'both'"):
         Settings(mode="both")
