@@ -1,23 +1,26 @@
-"""What the accuracy experiments train on: 32 x 32 images from packages, nothing is downloaded here.
+"""What the accuracy experiments train on: images of 32 x 32.
 
-Reference: glyphs of the fonts inside matplotlib. Targets: Fashion-MNIST (Debian's `dataset-fashion-mnist`, or
-torchvision's loader with a folder) and scikit-learn's digits.
+Reference: glyphs of the fonts inside matplotlib. Targets that packages ship: Fashion-MNIST (Debian's
+`dataset-fashion-mnist`) and scikit-learn's digits. With a folder, through torchvision: Fashion-MNIST, CIFAR-10,
+CIFAR-100 and SVHN, which are downloaded into it, and any folder of images with train/ and test/ inside.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from stamp_fast.demo import digits, glyphs
 
-__all__ = ["CLASSES", "TARGETS", "reference", "target"]
+__all__ = ["CLASSES", "SHIPPED", "TARGETS", "batches", "reference", "target"]
 
 CLASSES = 400  # of the reference
 _COPIES = 4  # augmented copies of every glyph in every font
@@ -73,12 +76,59 @@ def handwritten(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]
     )
 
 
-TARGETS = {"fashion": fashion, "digits": handwritten}
+def _torchvision(name: str, **parts: dict) -> Callable[[Path | None], tuple[TensorDataset, TensorDataset]]:
+    def load(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
+        if root is None:
+            raise FileNotFoundError(f"{name}: is read through torchvision; pass root=, a folder for its files")
+        from torchvision import datasets
+
+        found = [getattr(datasets, name)(root, download=True, transform=_to_tensor, **part) for part in parts.values()]
+        return tuple(map(_in_memory, found))
+
+    return load
+
+
+def image_folder(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
+    """root/train/CLASS/*.png and root/test/CLASS/*.png, of any size: scaled to 32 x 32."""
+    if root is None:
+        raise FileNotFoundError("folder: pass root=, a folder with train/CLASS/ and test/CLASS/ inside")
+    from torchvision.datasets import ImageFolder
+
+    train, test = (ImageFolder(Path(root) / part, transform=_to_tensor) for part in ("train", "test"))
+    if train.classes != test.classes:
+        raise ValueError(f"{root}: train/ and test/ hold other classes: {set(train.classes) ^ set(test.classes)}")
+    return _in_memory(train), _in_memory(test)
+
+
+def _to_tensor(image: Any) -> Tensor:
+    from torchvision.transforms import functional
+
+    return functional.to_tensor(functional.resize(image.convert("RGB"), [32, 32]))
+
+
+def _in_memory(dataset: Any) -> TensorDataset:
+    images, labels = zip(*DataLoader(dataset, batch_size=500), strict=True)
+    return TensorDataset(torch.cat(images), torch.cat(labels).long())
+
+
+TARGETS: dict[str, Callable[[Path | None], tuple[TensorDataset, TensorDataset]]] = {
+    "fashion": fashion,
+    "digits": handwritten,
+    "cifar10": _torchvision("CIFAR10", train={"train": True}, test={"train": False}),
+    "cifar100": _torchvision("CIFAR100", train={"train": True}, test={"train": False}),
+    "svhn": _torchvision("SVHN", train={"split": "train"}, test={"split": "test"}),
+    "folder": image_folder,
+}
+SHIPPED = ("fashion", "digits")  # those that need no download
 
 
 @functools.cache
 def target(name: str, root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:
-    """Training and test images (3, 32, 32) with their labels."""
+    """Training and test images (3, 32, 32) with their labels.
+
+    Args:
+        root: a folder for the files, for what no package ships.
+    """
     return TARGETS[name](root)
 
 

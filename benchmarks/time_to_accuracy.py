@@ -1,11 +1,14 @@
 """Accuracy against seconds: a pretrained network on a new data set, whole and pruned in every way that people know.
 
     python -m benchmarks.time_to_accuracy                     # all of it: hours
-    python -m benchmarks.time_to_accuracy --network resnet18 --target fashion --macs 0.125 --seeds 1
+    python -m benchmarks.time_to_accuracy --network vgg --target fashion --macs 0.125 --seeds 1
+    python -m benchmarks.time_to_accuracy --target cifar10 --root ~/data
+    python -m benchmarks.accuracy_table                       # table, CSV and figures of what there is
 
 Rows are appended to a JSON-lines file as they come; what it holds already is not run again. All arms start from the
 same pretrained weights and the same fresh head, see the same batches and follow the same schedule in the same
 precision. Before every evaluation batch norm's statistics are taken anew, for all arms alike; evaluations cost no time.
+STAMP's steps of adaptation are not counted as steps of fine-tuning; their seconds are counted.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ from . import data
 from .machine import machine_info
 from .reference import NETWORKS, generator_for, pretrained_for
 
-__all__ = ["ARMS", "Task", "run"]
+__all__ = ["ARMS", "MARKS", "RESULTS", "Task", "rows", "run"]
 
 MARKS = (0, 25, 50, 100, 200, 400, 1000)
 _BATCH = 64
-_RESULTS = Path(__file__).parent / "results" / "time_to_accuracy.jsonl"
+_TEST_IMAGES = 3000
+RESULTS = Path(__file__).parent / "results" / "time_to_accuracy.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,15 @@ class Task:
     seed: int
     steps: int
     lr: float = 0.05
+    root: Path | None = None
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        return data.batches(data.target(self.target)[0], _BATCH, count, self.seed)
+        return data.batches(data.target(self.target, self.root)[0], _BATCH, count, self.seed)
 
     def dense(self) -> nn.Module:
         """Pretrained, with a fresh head for the target's classes."""
-        return pretrained_for(self.network, 10, self.seed)
+        classes = int(data.target(self.target, self.root)[0].tensors[1].max()) + 1
+        return pretrained_for(self.network, classes, self.seed)
 
 
 Arm = Callable[[Task, list], nn.Module]
@@ -68,7 +74,7 @@ def precision() -> contextlib.AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def _loss(model: nn.Module, batch: Any) -> Tensor:
+def loss(model: nn.Module, batch: Any) -> Tensor:
     with precision():
         logits = model(batch[0])
     return F.cross_entropy(logits.float(), batch[1])
@@ -79,13 +85,13 @@ def _whole(task: Task, batches: list) -> nn.Module:
     return task.dense()
 
 
-def _prune(method: str, **options: Any) -> Arm:
+def pruned_by(method: str, **options: Any) -> Arm:
     def arm(task: Task, batches: list) -> nn.Module:
         budget = Budget(macs=task.macs)
         more = {k: v(task) if callable(v) else v for k, v in options.items()}
         model = task.dense()
         return stamp_fast.prune(
-            model, batches, budget=budget, method=method, loss_fn=_loss, seed=task.seed, progress=False, **more
+            model, batches, budget=budget, method=method, loss_fn=loss, seed=task.seed, progress=False, **more
         )
 
     return arm
@@ -104,7 +110,7 @@ def _global_magnitude(task: Task, batches: list) -> nn.Module:
 
 def _scratch(task: Task, batches: list) -> nn.Module:
     """The widths of uniform magnitude, all weights drawn anew."""
-    model = _prune("magnitude")(task, batches)
+    model = pruned_by("magnitude")(task, batches)
     torch.manual_seed(task.seed)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
@@ -123,7 +129,7 @@ def _torch_pruning(taylor: bool) -> Arm:
         def pruned(ratio: float) -> nn.Module:
             small = copy.deepcopy(model)
             if taylor:
-                _loss(small.train(), batches[0]).backward()
+                loss(small.train(), batches[0]).backward()
             head = [m for m in small.modules() if isinstance(m, nn.Linear)][-1:]
             pruner = tp.pruner.MagnitudePruner(
                 small.eval(), example, importance=kinds, pruning_ratio=ratio, ignored_layers=head
@@ -145,37 +151,37 @@ def _torch_pruning(taylor: bool) -> Arm:
 ARMS: dict[str, Arm] = {
     "dense": _whole,
     "scratch": _scratch,
-    "random": _prune("random"),
-    "uniform L1": _prune("magnitude"),
+    "random": pruned_by("random"),
+    "uniform L1": pruned_by("magnitude"),
     "global L2": _global_magnitude,
-    "Taylor": _prune("taylor"),
+    "Taylor": pruned_by("taylor"),
     "Torch-Pruning L2": _torch_pruning(taylor=False),
     "Torch-Pruning Taylor": _torch_pruning(taylor=True),
-    "STAMP, no generator": _prune("stamp"),
-    "STAMP, structure": _prune("stamp", generator=lambda task: generator_for(task.network, "structure")),
-    "STAMP, joint": _prune("stamp", generator=lambda task: generator_for(task.network, "joint")),
-    "STAMP, 0 steps": _prune("stamp", steps=0, generator=lambda task: generator_for(task.network, "joint")),
+    "STAMP, no generator": pruned_by("stamp"),
+    "STAMP, structure": pruned_by("stamp", generator=lambda task: generator_for(task.network, "structure")),
+    "STAMP, joint": pruned_by("stamp", generator=lambda task: generator_for(task.network, "joint")),
+    "STAMP, 0 steps": pruned_by("stamp", steps=0, generator=lambda task: generator_for(task.network, "joint")),
 }
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-def run(name: str, task: Task) -> dict[str, Any]:
-    """One arm: accuracy at the marks, seconds until then (pruning included), cost of a step."""
+def run(name: str, task: Task, arm: Arm | None = None) -> dict[str, Any]:
+    """One arm, by default the one of that name: accuracy at the marks, seconds until then, cost of a step."""
     batches = task.batches(task.steps)
     begin = time.perf_counter()
-    model = ARMS[name](task, batches[:20])
+    model = (arm or ARMS[name])(task, batches[:20])
     spent = pruning = time.perf_counter() - begin
     model.to(memory_format=torch.channels_last).train()
-    step = compare_steps([copy.deepcopy(model)], batches[0], _loss)[0]
+    step = compare_steps([copy.deepcopy(model)], batches[0], loss)[0]
     optimizer = torch.optim.SGD(model.parameters(), task.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     curve = [(0, spent, accuracy(model, task))]
     for number, (inputs, labels) in enumerate(batches, 1):
         begin = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = task.lr * min(1, number / 20) * (1 + math.cos(math.pi * (number - 1) / task.steps)) / 2
-        loss = _loss(model, (inputs.contiguous(memory_format=torch.channels_last), labels))
+        value = loss(model, (inputs.contiguous(memory_format=torch.channels_last), labels))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
         spent += time.perf_counter() - begin
         if number in MARKS or number == task.steps:
@@ -184,7 +190,7 @@ def run(name: str, task: Task) -> dict[str, Any]:
     example = batches[0][0][:2]
     return {
         "arm": name,
-        **dataclasses.asdict(task),
+        **{name: value for name, value in dataclasses.asdict(task).items() if name != "root"},
         "pruning_seconds": pruning,
         "curve": curve,
         "step_ms": step.milliseconds,
@@ -195,11 +201,11 @@ def run(name: str, task: Task) -> dict[str, Any]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, task: Task) -> float:
-    """On the test set, after batch norm's statistics were taken anew from training images."""
+    """On the first test images, after batch norm's statistics were taken anew from training images."""
     model = copy.deepcopy(model)
-    recalibrate(model, task.batches(6), _loss)
+    recalibrate(model, task.batches(6), loss)
     model.eval()
-    images, labels = data.target(task.target)[1].tensors
+    images, labels = (part[:_TEST_IMAGES] for part in data.target(task.target, task.root)[1].tensors)
     with precision():
         hits = [
             model(part.contiguous(memory_format=torch.channels_last)).argmax(1) == goal
@@ -216,15 +222,24 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 @click.command()
 @click.option("--network", "networks", multiple=True, default=tuple(NETWORKS), type=click.Choice(list(NETWORKS)))
-@click.option("--target", "targets", multiple=True, default=tuple(data.TARGETS), type=click.Choice(list(data.TARGETS)))
+@click.option("--target", "targets", multiple=True, default=data.SHIPPED, type=click.Choice(list(data.TARGETS)))
+@click.option("--root", type=click.Path(path_type=Path), help="A folder, for data that torchvision downloads.")
 @click.option("--macs", multiple=True, type=float, default=(0.5, 0.25, 0.125))
 @click.option("--arm", "arms", multiple=True, default=tuple(ARMS), type=click.Choice(list(ARMS)))
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--steps", default=1500, show_default=True, help="The full schedule.")
-@click.option("--threads", default=2, show_default=True)
-@click.option("--results", type=click.Path(path_type=Path), default=_RESULTS)
+@click.option("--steps", default=1200, show_default=True, help="The full schedule.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 def main(
-    networks: tuple, targets: tuple, macs: tuple, arms: tuple, seeds: int, steps: int, threads: int, results: Path
+    networks: tuple,
+    targets: tuple,
+    root: Path | None,
+    macs: tuple,
+    arms: tuple,
+    seeds: int,
+    steps: int,
+    threads: int,
+    results: Path,
 ) -> None:
     """Run the arms that the results do not hold yet."""
     torch.set_num_threads(threads)
@@ -240,7 +255,7 @@ def main(
                         share_of = 1.0 if name == "dense" else share
                         if (name, network, target, share_of, seed, steps) in done:
                             continue
-                        row = run(name, Task(network, target, share_of, seed, steps))
+                        row = run(name, Task(network, target, share_of, seed, steps, root=root))
                         done.add(tuple(row[k] for k in keys))
                         with results.open("a") as file:
                             file.write(json.dumps(row) + "\n")

@@ -31,6 +31,7 @@ Written by `python -m benchmarks.zoo`; the choice of networks is in `benchmarks/
   norm, batch 1; median of 3, after one that warms up. Ours includes the replay of the cut, and the mending of what
   that trips over. Torch-Pruning:
   `MagnitudePruner` as it comes, the layers that make the output ignored; run in turns with ours; once where slow.
+  It has a minute for a classifier, half a minute for anything else; while it ran on one core, the other was busy too.
 - **Torch-Pruning's verdict**: "runs" = forward and backward run after pruning, and the output keeps its shape. What
   the output is was not compared."""
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).with_name("glyph_resnet.safetensors")
+GENERATOR = Path(__file__).with_name("glyph_generator.safetensors")
 
 
 class BasicBlock(nn.Module):

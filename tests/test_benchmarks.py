@@ -1,0 +1,122 @@
+"""What the accuracy experiments read and write; the experiments themselves are run by their own commands."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import accuracy_table, data
+from benchmarks.time_to_accuracy import ARMS, MARKS, Task
+
+
+def row(arm: str, macs: float, seed: int, accuracy: float, seconds: float, pruning: float = 0.0) -> dict:
+    """A run that climbs to `accuracy` evenly over the marks of 1,200 steps."""
+    steps = [*MARKS, 1200]
+    curve = [[s, pruning + seconds * s / 1200, accuracy * (0.5 + 0.5 * s / 1200)] for s in steps]
+    known = {"arm": arm, "network": "vgg", "target": "fashion", "macs": macs, "seed": seed, "steps": 1200, "lr": 0.05}
+    return {
+        **known,
+        "pruning_seconds": pruning,
+        "curve": curve,
+        "step_ms": 10.0,
+        "peak_bytes": 1 << 20,
+        "macs_reached": macs,
+    }
+
+
+MACHINE = {"cpu": "a CPU", "capability": "AVX512", "threads": 1, "cores": 2, "torch": "2.15.0"}
+
+
+def rendered(stamp: float, seconds: float, pruning: float = 1.0) -> str:
+    found = [row("dense", 1.0, seed, 0.9, 100.0) for seed in range(2)]
+    found += [row("uniform L1", 0.125, seed, 0.84 + 0.02 * seed, 25.0, 1.0) for seed in range(2)]
+    found += [row("STAMP, joint", 0.125, seed, stamp, seconds, pruning) for seed in range(2)]
+    return accuracy_table.render(MACHINE, accuracy_table.collect(found))
+
+
+def test_wins_and_losses_are_both_printed():
+    won, lost = rendered(0.895, 25.0), rendered(0.82, 25.0, 5.0)
+    assert won.count("- met") == 4 and "missed" not in won
+    assert lost.count("**missed**") == 4 and "- met" not in lost
+    assert "dense - 1 point is not reached" in lost
+    # 85.0 is the baselines' mean, 1.4 their spread.
+    assert "the best baseline, uniform L1, less its spread has 83.6%" in won
+    assert "| 85.0 ± 1.4 |" in won
+
+
+def test_seconds_to_the_target_are_those_of_the_first_mark_that_reaches_it():
+    runs = accuracy_table.Runs("dense", [row("dense", 1.0, 0, 0.9, 120.0, 3.0)])
+    assert runs.seconds_to(0.9 * (0.5 + 0.5 * 400 / 1200)) == pytest.approx(3 + 40)
+    assert runs.seconds_to(0.91) is None
+
+
+def test_files(tmp_path):
+    results = tmp_path / "r.jsonl"
+    found = [row(arm, 1.0 if arm == "dense" else 0.25, 0, 0.8, 50.0) for arm in ARMS]
+    results.write_text("\n".join(map(json.dumps, [{"machine": MACHINE}, *found])) + "\n")
+    accuracy_table.main(["--results", str(results), "--output", str(tmp_path)], standalone_mode=False)
+    with (tmp_path / "time_to_accuracy.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(ARMS) * (len(MARKS) + 1)
+    assert {line["arm"] for line in lines} == set(ARMS)
+    page = (tmp_path / "time_to_accuracy.md").read_text()
+    assert all(f"| {arm} |" in page for arm in ARMS)
+    with Image.open(tmp_path / "time_to_accuracy_vgg_fashion.png") as figure:
+        assert figure.width > 500
+
+
+def test_batches_are_the_same_for_the_same_seed():
+    dataset = torch.utils.data.TensorDataset(torch.arange(10.0), torch.arange(10))
+    one, same, other = (data.batches(dataset, 4, 5, seed) for seed in (0, 0, 1))
+    assert len(one) == 5 and all(len(labels) == 4 for _, labels in one)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, same, strict=True))
+    assert any(not torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
+
+
+def folder(root, classes: dict[str, list[str]]) -> None:
+    for part, names in classes.items():
+        for number, name in enumerate(names):
+            (root / part / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("L", (20 + i, 40), 60 * number + i).save(root / part / name / f"{i}.png")
+
+
+def test_folders_of_images(tmp_path):
+    folder(tmp_path, {"train": ["cat", "dog"], "test": ["cat", "dog"]})
+    train, test = data.target("folder", tmp_path)
+    assert train.tensors[0].shape == (4, 3, 32, 32) and train.tensors[1].tolist() == [0, 0, 1, 1]
+    assert test.tensors[0].max() <= 1
+    assert Task("vgg", "folder", 0.5, 0, 10, root=tmp_path).batches(2)[0][0].shape == (64, 3, 32, 32)
+
+
+def test_folders_that_do_not_match(tmp_path):
+    folder(tmp_path, {"train": ["cat", "dog"], "test": ["cat", "fox"]})
+    with pytest.raises(ValueError, match="hold other classes"):
+        data.target("folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "folder"])
+def test_data_that_no_package_ships_needs_a_folder(name):
+    with pytest.raises(FileNotFoundError, match="pass root="):
+        data.target(name)
+
+
+def test_cifar_is_read_as_torchvision_stores_it(tmp_path, monkeypatch):
+    """The files that torchvision downloads, made here; only the download and its check are left out."""
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "download", lambda self: None)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    for number, (name, _) in enumerate([*CIFAR10.train_list, *CIFAR10.test_list]):
+        pixels = torch.full((2, 3072), 10 * number, dtype=torch.uint8).numpy()
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": [number, number]}))
+    train, test = data.target("cifar10", tmp_path)
+    assert train.tensors[0].shape == (10, 3, 32, 32) and test.tensors[1].tolist() == [5, 5]
+    assert test.tensors[0].unique().item() == pytest.approx(50 / 255)
