@@ -30,7 +30,7 @@ from . import data
 from .machine import machine_info
 from .reference import generator_for, pretrained_for
 from .table import markdown_table
-from .time_to_accuracy import Arm, Task, loss, pruned_by, rows, run
+from .time_to_accuracy import ROUND_TO, Arm, Task, loss, pruned_by, rows, run
 
 _MACS = 0.125
 _STEPS = 100
@@ -47,7 +47,7 @@ def _uniform(head: bool = False, folds: bool = False) -> Arm:
         if head:
             model.train()
             fit_head(graph, batches, loss)
-        keep = graph.select(importance.magnitude(graph), Budget(macs=task.macs), ranking="local")
+        keep = graph.select(importance.magnitude(graph), Budget(macs=task.macs), ranking="local", round_to=ROUND_TO)
         if folds:
             reconstruct(graph, keep, [inputs for inputs, _ in batches[:4]])
         graph.compact(keep)
@@ -64,7 +64,7 @@ def _stamp(tasks: int = 300, mode: str = "joint", set_images: int = 256, **optio
     def arm(task: Task, batches: list) -> nn.Module:
         generator = generator_for(task.network, mode, tasks, **encoder) if tasks else _untrained(task, mode)
         with mock.patch.object(sys.modules["stamp_fast.prune"], "_SAMPLE", set_images):
-            return pruned_by("stamp", generator=generator, **options)(task, batches)
+            return pruned_by("stamp", lambda _: generator, **options)(task, batches)
 
     return arm
 
@@ -107,7 +107,8 @@ def _masks(network: str, steps: int, seed: int) -> dict[str, torch.Tensor]:
             batches = data.batches(dataset, 64, 20, seed + (half == "b") * 1000)
             classes = int(dataset.tensors[1].max()) + 1
             model = pretrained_for(network, classes, seed)
-            options = {"budget": Budget(macs=_MACS), "loss_fn": loss, "seed": seed, "progress": False, "steps": steps}
+            options = {"budget": Budget(macs=_MACS), "loss_fn": loss, "seed": seed, "progress": False}
+            options |= {"round_to": ROUND_TO, "steps": steps}
             stamp_fast.prune(model, batches, generator=generator, **options)
             plan = stamp_fast.plan_of(model)
             masks[f"{name} {half}"] = _kept(plan)

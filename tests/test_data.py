@@ -55,6 +55,26 @@ def test_takes_no_more_than_asked():
     assert len(drawn) <= 6
 
 
+def test_a_sample_takes_whole_batches_until_it_is_large_enough_or_the_pass_ends():
+    pairs = [(torch.full((4, 2), float(i)), torch.tensor([i] * 4)) for i in range(5)]
+    inputs, labels = Batches(pairs, CPU).sample(9)
+    assert [x[0, 0].item() for x in inputs] == [0, 1, 2]
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(Batches(pairs, CPU).sample(1000)[0]) == 5
+    # A generator's batches are still there for others.
+    batches = Batches(iter(pairs), CPU)
+    assert len(batches.sample(5)[0]) == 2
+    assert len(list(batches.take(5))) == 5
+
+
+def test_a_sample_without_class_indices():
+    images = [torch.zeros(3, 5, 4), torch.zeros(3, 6, 4)]
+    inputs, labels = Batches([(images, [{}, {}])] * 3, CPU).sample(3)
+    assert labels is None and len(inputs) == 2 and len(inputs[0][0]) == 2
+    assert Batches([(torch.zeros(4, 2), torch.zeros(4))], CPU).sample(3)[1] is None
+    assert Batches([torch.zeros(4, 2)], CPU).sample(3)[1] is None
+
+
 def test_loader_that_is_empty_the_second_time():
     class Once:
         used = False

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import stamp_fast
 from stamp_fast.demo import digits
-from stamp_fast.demo.network import pretrained_for
+from stamp_fast.demo.network import GENERATOR, pretrained_for
 from stamp_fast.demo.plot import write_figure
 
 EVALUATIONS_PER_EPOCH = 2
@@ -188,6 +188,7 @@ def run(
         digits.train_loader(train, batch_size, seed),
         budget=stamp_fast.Budget(macs=budget),
         method=method,
+        generator=GENERATOR if method == "stamp" else None,
         steps=steps,
         round_to=8,
         seed=seed,
