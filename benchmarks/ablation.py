@@ -30,7 +30,7 @@ from . import data
 from .machine import machine_info
 from .reference import generator_for, pretrained_for
 from .table import markdown_table
-from .time_to_accuracy import ROUND_TO, Arm, Task, loss, pruned_by, rows, run
+from .time_to_accuracy import ROUND_TO, Arm, Task, loss, pruned_by, rows, run, timed
 
 _MACS = 0.125
 _STEPS = 100
@@ -40,14 +40,17 @@ _RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 def _uniform(head: bool = False, folds: bool = False) -> Arm:
     """Uniform L1, with the parts of STAMP that need no gates."""
 
-    def arm(task: Task, batches: list) -> nn.Module:
-        model = task.dense()
+    def arm(task: Task, batches: list) -> tuple[nn.Module, float]:
+        dense = task.dense()
+        return timed(lambda: pruned(dense, batches))
+
+    def pruned(model: nn.Module, batches: list) -> nn.Module:
         graph = trace(model, batches[0][0][:2])
         graph.settle()
         if head:
             model.train()
             fit_head(graph, batches, loss)
-        keep = graph.select(importance.magnitude(graph), Budget(macs=task.macs), ranking="local", round_to=ROUND_TO)
+        keep = graph.select(importance.magnitude(graph), Budget(macs=_MACS), ranking="local", round_to=ROUND_TO)
         if folds:
             reconstruct(graph, keep, [inputs for inputs, _ in batches[:4]])
         graph.compact(keep)
@@ -61,7 +64,7 @@ def _stamp(tasks: int = 300, mode: str = "joint", set_images: int = 256, **optio
     """STAMP with a generator that was meta-trained for so many tasks (0: untrained, None: no generator at all)."""
     encoder = {"encoder": options.pop("encoder")} if "encoder" in options else {}
 
-    def arm(task: Task, batches: list) -> nn.Module:
+    def arm(task: Task, batches: list) -> tuple[nn.Module, float]:
         generator = generator_for(task.network, mode, tasks, **encoder) if tasks else _untrained(task, mode)
         with mock.patch.object(sys.modules["stamp_fast.prune"], "_SAMPLE", set_images):
             return pruned_by("stamp", lambda _: generator, **options)(task, batches)
@@ -88,8 +91,8 @@ VARIANTS: dict[str, Callable[[], Arm]] = {
     "meta-trained for 100 tasks": lambda: _stamp(tasks=100),
     "encoder: mean": lambda: _stamp(tasks=100, encoder="mean"),
     "encoder: input": lambda: _stamp(tasks=100, encoder="input"),
-    "set of 16 images": lambda: _stamp(set_images=16),
-    "set of 64 images": lambda: _stamp(set_images=64),
+    "16 images to look at and to fold on": lambda: _stamp(set_images=16),
+    "64 images to look at and to fold on": lambda: _stamp(set_images=64),
     "0 steps": lambda: _stamp(steps=0),
     "5 steps": lambda: _stamp(steps=5),
     "50 steps": lambda: _stamp(steps=50),

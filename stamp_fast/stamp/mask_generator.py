@@ -95,10 +95,14 @@ class MaskGenerator(nn.Module):
         o, codes = self.encoder(graph, inputs, labels)
         statistic = torch.where(o.isnan(), 0, (o - self.mu) / self.sigma)
         ask = torch.tensor([1.0, math.log2(min(budget.asked().values()))], dtype=self.allocation.dtype)
-        shifts = _MOST_SHIFT * torch.tanh(self.allocation @ ask + self.allocation_of_set(codes).squeeze(1))
-        shift = torch.repeat_interleave(shifts, torch.tensor(self.encoder.sizes))
+        of_set = self.allocation_of_set(codes).squeeze(1) / self.encoder.width
+        shift = self.of_classes(_MOST_SHIFT * torch.tanh(self.allocation @ ask + of_set))
         learned = {"a": self.a, "b": self.b, "gamma": self.gamma, "beta": self.beta}
         return {"statistic": statistic, **learned, "shift": shift}, o
+
+    def of_classes(self, values: torch.Tensor) -> torch.Tensor:
+        """[groups] -> [classes]."""
+        return torch.repeat_interleave(values, torch.tensor(self.encoder.sizes))
 
     def gates(
         self, graph: ChannelGraph, inputs: Any, labels: torch.Tensor | None, budget: Budget

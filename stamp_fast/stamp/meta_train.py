@@ -2,7 +2,9 @@
 
 Certain (arXiv 2006.12139, abstract): meta-learned over different subsets of the reference data set, so that it
 generalises to unseen data sets within a few gradient steps. The loop is our reading: T inner steps on copies, a
-first-order gradient of the query loss at the adapted point, the reference weights restored for the next task.
+first-order gradient of the query loss at the adapted point, the reference weights restored for the next task. That
+the groups' shares of the budget follow differences of the query loss, and not its gradient, is ours: the gradient gave
+all to the last stage, whose channels are cheap, and starved the first.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from ..errors import ArgumentError, CheckpointError
 from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
 from ..graph._snapshot import Snapshot
-from ..graph._soft_cost import SoftCost
 from ..reconstruct import reconstruct
 from .adapt import Settings, gate_steps, gradients_set_aside, weight_steps
 from .architecture import Architecture
@@ -41,6 +42,9 @@ from .mask_generator import MaskGenerator
 __all__ = ["Schedule", "meta_train", "run_task"]
 
 _OUTER = ("first_order", "reptile")
+_TRIED = 0.3  # logits by which the shares of the groups are tried
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,21 +187,30 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
         steps = plan.inner_steps
         for _ in gate_steps(graph, gates, batches(steps), steps, loss_fn, budget, len(labels), rng, settings):
             pass
-        # What stays is drawn, so that every channel is tried now and then.
-        drawn = gates.sample(rng).detach()
-        keep = budget.select(graph, drawn, ranking="global", floor=settings.floor, exact=False)
-        reconstruct(graph, keep, inputs)
-        if plan.mode == "joint":
-            for _ in weight_steps(graph, keep, batches(steps), loss_fn, settings):
-                pass
         for parameter in gates.parameters():
             parameter.grad = None
-        mask = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
-        with torch.enable_grad(), fixed(graph.model.parameters()), graph.masked(keep, mask):
-            loss = loss_fn(graph.model, episode.query)
-            loss.backward()
+        weights = [(p, p.detach().clone()) for p in graph.model.parameters()]
+        after = list(batches(steps)) if plan.mode == "joint" else []
+        # What stays is drawn, so that every channel is tried now and then; the groups' shares are tried both ways.
+        logits = torch.logit(gates.sample(rng).detach())
+        way = _TRIED * torch.randn(len(graph.groups), generator=rng)
+        results = []
+        for sign in (1, -1):
+            drawn = torch.sigmoid(logits + sign * generator.of_classes(way).to(logits))
+            keep = budget.select(graph, drawn, ranking="global", floor=settings.floor, exact=False)
+            reconstruct(graph, keep, inputs)
+            for _ in weight_steps(graph, keep, after, loss_fn, settings):
+                pass
+            results.append(_query(graph, keep, episode, loss_fn))
+            with torch.no_grad():
+                for parameter, value in weights:
+                    parameter.copy_(value)
+        (loss, grad), (other, other_grad) = results
         with torch.enable_grad():
-            gates.probability().backward(_at_equal_cost(graph, keep, mask.grad))
+            gates.probability().backward((grad + other_grad) / 2)
+    # By antithetic differences: a gradient at one choice of channels says little about how many a group should have.
+    towards_way = (loss - other) / (2 * _TRIED**2) * way
+    gates.shift.grad = generator.of_classes(towards_way / torch.tensor(generator.encoder.sizes)).to(gates.shift)
     named = dict(gates.named_parameters())
     adapted = {"a": named["a_unconstrained"], "b": named["b_unconstrained"]} | named
     if plan.outer == "reptile":
@@ -212,16 +225,21 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
         allow_unused=True,
         materialize_grads=True,
     )
-    return Outcome(list(gradients), o.detach(), loss.item(), graph.macs(keep) / graph.macs())
+    return Outcome(list(gradients), o.detach(), (loss + other) / 2, graph.macs(keep) / graph.macs())
 
 
-def _at_equal_cost(graph: ChannelGraph, keep: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The part of a mask's gradient that leaves the MACs as they are: more of everything is no answer."""
-    masses = keep.to(grad).requires_grad_()
-    with torch.enable_grad():
-        (cost,) = torch.autograd.grad(SoftCost(graph, "macs")(masses), masses)
-    cost = cost * keep.to(cost)
-    return grad - (grad @ cost) / (cost @ cost) * cost
+def _query(graph: ChannelGraph, keep: torch.Tensor, episode: Episode, loss_fn: LossFn) -> tuple[float, torch.Tensor]:
+    """Loss on the query set, and its gradient in the mask: which of a group's channels it would rather have more of."""
+    mask = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
+    with torch.enable_grad(), fixed(graph.model.parameters()), graph.masked(keep, mask):
+        loss = loss_fn(graph.model, episode.query)
+        loss.backward()
+    grad = torch.zeros_like(mask)
+    for group in graph.groups:  # more of everything is no answer
+        kept = keep[group.classes].to(mask.device)
+        values = mask.grad[group.classes]
+        grad[group.classes] = torch.where(kept, values - values[kept].mean(), 0)
+    return loss.item(), grad
 
 
 def _step(
@@ -265,7 +283,7 @@ def _batches(episode: Episode, count: int, size: int, rng: torch.Generator) -> I
         yield tree_map(lambda t: t[taken], inputs), targets[taken]  # noqa: B023  (used at once)
 
 
-def _loss_over(classes: int, autocast: bool) -> Callable[[nn.Module, Any], torch.Tensor]:
+def _loss_over(classes: int, autocast: bool) -> LossFn:
     """Cross entropy over the first outputs: a task's classes take the places of the reference's."""
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:

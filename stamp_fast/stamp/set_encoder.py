@@ -129,8 +129,9 @@ class SetEncoder(nn.Module):
         if self.kind == "mean":
             return means.mean(0), codes
         codes = self._codes(means.nan_to_num(), labels)
-        corrections = torch.cat([layer(code) for layer, code in zip(self.correct, codes, strict=True)])
-        return means.mean(0) + corrections, codes
+        # Over the width: else one step of an optimizer with a rate per parameter moves it by all of its terms.
+        corrections = [layer(code / self.width) for layer, code in zip(self.correct, codes, strict=True)]
+        return means.mean(0) + torch.cat(corrections), codes
 
     def _codes(self, means: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         tokens = torch.stack([f(v) for f, v in zip(self.project, means.split(self.sizes, 1), strict=True)], 1)
