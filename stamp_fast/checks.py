@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +12,6 @@ from .budget import Budget, check_round_to, minimum_width
 from .errors import ArgumentError, ModelError
 from .graph import ChannelGraph
 from .graph._optimizers import listed
-from .stamp import MaskGenerator
 
 
 def check_arguments(
@@ -47,24 +45,6 @@ def check_arguments(
     if torch.is_inference_mode_enabled():
         raise ArgumentError("prune: cannot learn anything in torch.inference_mode(); call it outside")
     listed(optimizer)
-
-
-def check_generator(generator: Any, method: str, steps: int) -> MaskGenerator | None:
-    """The generator, read from its file if that was given.
-
-    Raises:
-        ArgumentError: no generator, one for another method, or no step without one.
-        CheckpointError: the file cannot be read.
-    """
-    if isinstance(generator, (str, os.PathLike)):
-        generator = MaskGenerator.load(generator)
-    if generator is not None and not isinstance(generator, MaskGenerator):
-        raise ArgumentError(f"generator: expected a MaskGenerator or the file of one, got {type(generator).__name__}")
-    if generator is not None and method != "stamp":
-        raise ArgumentError(f"generator: is for method 'stamp', not for '{method}'")
-    if generator is None and method == "stamp" and steps < 1:
-        raise ArgumentError("steps: must be at least 1 where no generator= says which channels matter")
-    return generator
 
 
 def check_model(model: nn.Module) -> torch.device:

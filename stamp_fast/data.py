@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -76,32 +77,38 @@ class Batches:
         Raises:
             ArgumentError: the batch is neither; `example` has to say what the model takes.
         """
-        return _inputs(self.first)
+        return inputs_of(self.first)
 
-    def sample(self, examples: int) -> tuple[list[Any], torch.Tensor | None]:
-        """The model's inputs in the first batches of a pass, until there are so many examples or the pass ends.
+    def sample(self, examples: int, inputs_of: Callable[[Any], Any]) -> tuple[list[Any], torch.Tensor | None]:
+        """The model's inputs for the first examples of a pass: so many, or all that it has.
+
+        Args:
+            inputs_of: takes the model's inputs out of a batch.
 
         Returns:
             What each forward takes, and the class indices of all examples, where that is what the batches hold.
         """
-        inputs, labels, seen = [], [], 0
+        inputs, labels, left = [], [], examples
         batches = iter(self._one_pass())
-        while seen < examples and (batch := _next(batches)) is not None:
+        while left > 0 and (batch := _next(batches)) is not None:
             moved = self._moved(batch)
-            inputs.append(_inputs(moved))
-            labels.append(_labels(moved))
-            seen += _examples(moved)
+            inputs.append(some_examples(inputs_of(moved), left))
+            known = _labels(moved)
+            labels.append(None if known is None else known[:left])
+            left -= _examples(moved)
         return inputs, torch.cat(labels) if all(part is not None for part in labels) else None
 
     def size(self) -> int:
-        """Examples in the data set, as far as the loader says; else in the first batch."""
-        try:
+        """Examples in the data set, or in a pass, as far as the loader says; else in the first batch."""
+        with contextlib.suppress(AttributeError, TypeError):
             return len(self._loader.dataset)
-        except (AttributeError, TypeError):
-            return _examples(self.first)
+        with contextlib.suppress(TypeError):
+            return len(self._loader) * _examples(self.first)
+        return _examples(self.first)
 
 
-def _inputs(batch: Any) -> Any:
+def inputs_of(batch: Any) -> Any:
+    """What the model takes of a batch, where that can be told by its form."""
     if isinstance(batch, torch.Tensor):
         return batch
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor):
@@ -115,10 +122,11 @@ def _inputs(batch: Any) -> Any:
 
 
 def _labels(batch: Any) -> torch.Tensor | None:
-    """Class indices, where that is what the second part of the batch holds."""
-    targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    is_classes = isinstance(targets, torch.Tensor) and targets.dim() == 1 and not targets.is_floating_point()
-    return targets if is_classes else None
+    """Class indices, where that is what the second part of a batch of images holds: one for each."""
+    images, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+    if not isinstance(targets, torch.Tensor) or not isinstance(images, torch.Tensor):
+        return None
+    return targets if targets.shape == images.shape[:1] and not targets.is_floating_point() else None
 
 
 def _examples(batch: Any) -> int:
@@ -230,6 +238,36 @@ def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(_describe(v) for v in value) + ")"
     return type(value).__name__
+
+
+class _InputsSeen(BaseException):
+    """Stops a forward; not an Exception, which the guard of a loss takes for the user's."""
+
+
+def inputs_given(model: nn.Module, loss_fn: LossFn, batch: Any) -> Any:
+    """What `loss_fn` hands to the model for a batch: a tuple, or a dict where all is given by name.
+
+    Raises:
+        ArgumentError: it gives some by position and some by name, or does not call the model.
+    """
+    seen: list[tuple[tuple, dict]] = []
+
+    def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append((args, kwargs))
+        raise _InputsSeen
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            loss_fn(model, batch)
+    except _InputsSeen:
+        pass
+    finally:
+        handle.remove()
+    if not seen or all(seen[0]):
+        raise ArgumentError("loss_fn: does not call the model by position alone, or by name alone")
+    args, kwargs = seen[0]
+    return kwargs or args
 
 
 def some_examples(inputs: Any, count: int) -> Any:

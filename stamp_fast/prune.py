@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from ._phases import Phases, in_mode
 from .budget import Budget
-from .checks import check_arguments, check_generator, check_model, check_prunable
-from .data import Batches, LossFn, check_forward, cross_entropy, guarded, some_examples
+from .checks import check_arguments, check_model, check_prunable
+from .data import Batches, LossFn, check_forward, cross_entropy, guarded, inputs_given, inputs_of, some_examples
 from .errors import ArgumentError, CompactionError, LoaderError
 from .graph import ChannelGraph, trace
 from .graph._model import unwrapped
@@ -27,6 +27,7 @@ from .recalibrate import recalibrate
 from .reconstruct import reconstruct
 from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
 from .stamp import MaskGenerator
+from .stamp.mask_generator import check_generator
 from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
@@ -126,7 +127,7 @@ def prune(
             # A cache that is filled here would make the smaller network run other operators than the trace.
             with phases("score"), attributes_restored(network), in_mode(network, training=True):
                 wanted = method == "stamp" or reconstruction
-                sample = batches.sample(_SAMPLE) if wanted and example is None else ([inputs], None)
+                sample = _sample(batches, network, loss_fn, example) if wanted else ([], None)
                 request = Request(
                     graph=graph,
                     batches=batches,
@@ -169,6 +170,18 @@ def report(model: nn.Module) -> PruneReport:
         return _reports[unwrapped(model)]
     except KeyError:
         raise ArgumentError("report: this model was not pruned by stamp_fast.prune in this process") from None
+
+
+def _sample(
+    batches: Batches, network: nn.Module, loss_fn: LossFn, example: Any
+) -> tuple[list[Any], torch.Tensor | None]:
+    """Inputs of a few forwards, and the classes of their examples where they are known."""
+    if example is None:
+        return batches.sample(_SAMPLE, inputs_of)
+    try:
+        return batches.sample(_SAMPLE, lambda batch: inputs_given(network, loss_fn, batch))
+    except ArgumentError:  # loss_fn gives some by position and some by name: only the example can be run again
+        return [example], None
 
 
 def _select_and_cut(

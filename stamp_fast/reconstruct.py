@@ -98,6 +98,8 @@ class _SecondMoments(Aligned):
 def _second_moments(value: torch.Tensor, dim: int) -> torch.Tensor:
     """[positions of dim] x [positions of dim], averaged over all else."""
     rows = value.movedim(dim, -1).reshape(-1, value.shape[dim])
-    rows = rows[:: -(-len(rows) // _MOST_ROWS)]
+    if len(rows) > _MOST_ROWS:  # drawn: every n-th may be the same column of every image
+        drawn = torch.randint(len(rows), (_MOST_ROWS,), generator=torch.Generator().manual_seed(0))
+        rows = rows[drawn.to(rows.device)]
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     return rows.mT @ rows / len(rows)

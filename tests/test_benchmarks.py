@@ -41,9 +41,18 @@ def test_wins_and_losses_are_both_printed():
     assert won.count("- met") == 4 and "missed" not in won
     assert lost.count("**missed**") == 4 and "- met" not in lost
     assert "dense - 1 point is not reached" in lost
-    # 85.0 is the baselines' mean, 1.4 their spread.
-    assert "the best baseline, uniform L1, less its spread has 83.6%" in won
+    # 85.0 is the baseline's mean, 1.4 its spread.
+    assert "the best baseline less its spread, uniform L1, has 83.6%" in won
     assert "| 85.0 ± 1.4 |" in won
+
+
+def test_a_noisy_baseline_does_not_lower_the_bar():
+    found = [row("dense", 1.0, seed, 0.9, 100.0) for seed in range(2)]
+    found += [row("scratch", 0.125, seed, 0.80 + 0.12 * seed, 25.0) for seed in range(2)]  # 86 +- 8.5
+    found += [row("Taylor", 0.125, seed, 0.859, 25.0) for seed in range(2)]
+    found += [row("STAMP, joint", 0.125, seed, 0.80, 25.0, 1.0) for seed in range(2)]
+    page = accuracy_table.render(MACHINE, accuracy_table.collect(found))
+    assert "**missed**: at the end STAMP, joint has 80.0%; the best baseline less its spread, Taylor, has 85.9%" in page
 
 
 def test_seconds_to_the_target_are_those_of_the_first_mark_that_reaches_it():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from stamp_fast import ArgumentError, LoaderError
-from stamp_fast.data import Batches, check_forward, cross_entropy, guarded, some_examples
+from stamp_fast.data import Batches, check_forward, cross_entropy, guarded, inputs_given, inputs_of, some_examples
 
 CPU = torch.device("cpu")
 
@@ -55,24 +55,51 @@ def test_takes_no_more_than_asked():
     assert len(drawn) <= 6
 
 
-def test_a_sample_takes_whole_batches_until_it_is_large_enough_or_the_pass_ends():
+def test_a_sample_has_so_many_examples_or_all_of_a_pass():
     pairs = [(torch.full((4, 2), float(i)), torch.tensor([i] * 4)) for i in range(5)]
-    inputs, labels = Batches(pairs, CPU).sample(9)
-    assert [x[0, 0].item() for x in inputs] == [0, 1, 2]
-    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert len(Batches(pairs, CPU).sample(1000)[0]) == 5
+    inputs, labels = Batches(pairs, CPU).sample(9, inputs_of)
+    assert [(len(x), x[0, 0].item()) for x in inputs] == [(4, 0), (4, 1), (1, 2)]
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2]
+    assert len(Batches(pairs, CPU).sample(1000, inputs_of)[0]) == 5
+    assert len(Batches(pairs, CPU).sample(3, inputs_of)[0][0]) == 3
     # A generator's batches are still there for others.
     batches = Batches(iter(pairs), CPU)
-    assert len(batches.sample(5)[0]) == 2
+    assert len(batches.sample(5, inputs_of)[0]) == 2
     assert len(list(batches.take(5))) == 5
 
 
 def test_a_sample_without_class_indices():
     images = [torch.zeros(3, 5, 4), torch.zeros(3, 6, 4)]
-    inputs, labels = Batches([(images, [{}, {}])] * 3, CPU).sample(3)
-    assert labels is None and len(inputs) == 2 and len(inputs[0][0]) == 2
-    assert Batches([(torch.zeros(4, 2), torch.zeros(4))], CPU).sample(3)[1] is None
-    assert Batches([torch.zeros(4, 2)], CPU).sample(3)[1] is None
+    inputs, labels = Batches([(images, [{}, {}])] * 3, CPU).sample(3, inputs_of)
+    assert labels is None and [len(x[0]) for x in inputs] == [2, 1]
+    one_each = torch.zeros(2, dtype=torch.long)
+    per_pixel = torch.zeros(8, dtype=torch.long)
+    for batch in ((torch.zeros(4, 2), torch.zeros(4)), torch.zeros(4, 2), (torch.zeros(4, 2), per_pixel)):
+        assert Batches([batch], CPU).sample(3, inputs_of)[1] is None
+    assert Batches([(images, one_each)], CPU).sample(3, inputs_of)[1] is None
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x, scale):
+        return x * scale
+
+
+def test_inputs_as_the_loss_gives_them_to_the_model():
+    model, batch = TwoInputs(), {"x": torch.ones(2, 3), "y": torch.full((2, 1), 2.0)}
+    by_position = inputs_given(model, guarded(lambda m, b: m(b["x"], b["y"]).sum()), batch)
+    assert [t.shape for t in by_position] == [(2, 3), (2, 1)]
+    by_name = inputs_given(model, guarded(lambda m, b: m(x=b["x"], scale=b["y"]).sum()), batch)
+    assert list(by_name) == ["x", "scale"]
+    assert not model._forward_pre_hooks
+    for loss in (lambda m, b: m(b["x"], scale=b["y"]).sum(), lambda m, b: b["x"].sum()):
+        with pytest.raises(ArgumentError, match="by position alone, or by name alone"):
+            inputs_given(model, loss, batch)
+
+
+def test_size_of_a_pass():
+    batch = (torch.zeros(4, 2), torch.zeros(4))
+    assert Batches([batch] * 5, CPU).size() == 20
+    assert Batches(iter([batch] * 5), CPU).size() == 4
 
 
 def test_loader_that_is_empty_the_second_time():

@@ -36,7 +36,8 @@ class Aligned(TorchDispatchMode):
     """Hands every operator that is not a view to `on_call`, with the index of the recorded call that it is.
 
     Operators are counted module by module: what a module does with values (the boxes of a detector) may differ from
-    the recording, as long as no call in `needed` is left there. Modules in `apart` are not looked at.
+    the recording, as long as no call in `needed` is left there. A module that runs once more than was recorded (for
+    every image of a list) begins anew. Modules in `apart` are not looked at.
 
     Raises:
         TraceError: a module runs another operator than was recorded, where that matters.
@@ -48,38 +49,53 @@ class Aligned(TorchDispatchMode):
         self.running: list[str] = []  # names of the modules that run now, the innermost last
         self._calls = graph.recording.calls[: graph.recording.costed]
         self._needed = needed
+        self._ran: set[int] = set()
         self._waits_for_add = False
         self._expected: dict[str, list[int]] = {}
         for i in reversed(range(len(self._calls))):
             if base_name(self._calls[i].name) not in VIEWS and self._calls[i].module not in apart:
                 self._expected.setdefault(self._calls[i].module, []).append(i)
+        self._whole = {module: list(calls) for module, calls in self._expected.items()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = str(func)
         if base_name(name) in VIEWS:
             return func(*args, **kwargs)
-        expected = self._expected.get(self.running[-1] if self.running else "", [])
-        recorded = [base_name(self._calls[op].name) for op in expected[: -3 if len(expected) > 1 else None : -1]]
+        module = self.running[-1] if self.running else ""
+        expected = self._expected.get(module, [])
         called = base_name(name)
+        if not expected and (whole := self._whole.get(module)) and self._begins(whole, called):
+            expected += whole
+        recorded = [base_name(self._calls[op].name) for op in expected[: -3 if len(expected) > 1 else None : -1]]
         if called == "add" and self._waits_for_add:
             self._waits_for_add = False
             return func(*args, **kwargs)
         # A linear layer is addmm, or mm and add, as the layout of its input has it.
         if called == "mm" and recorded[:1] == ["addmm"]:
             self._waits_for_add = True
-            return self.on_call(expected.pop(), func, args, kwargs, shift=1)
+            return self.on_call(self._next(expected), func, args, kwargs, shift=1)
         if called == "addmm" and recorded == ["mm", "add"]:
-            op = expected.pop()
-            expected.pop()
+            op = self._next(expected)
+            self._next(expected)
             return self.on_call(op, func, args, kwargs, shift=-1)
         if not expected or not _same_operator(self._calls[expected[-1]].name, name):
-            missed = sorted(self._needed.intersection(expected))
+            missed = sorted(self._needed.intersection(expected) - self._ran)
             if missed:
                 raise TraceError(f"the forward runs {name} where its recording has {self._calls[expected[-1]]}")
             expected.clear()
             return func(*args, **kwargs)
-        return self.on_call(expected.pop(), func, args, kwargs)
+        return self.on_call(self._next(expected), func, args, kwargs)
+
+    def _next(self, expected: list[int]) -> int:
+        op = expected.pop()
+        self._ran.add(op)
+        return op
+
+    def _begins(self, whole: list[int], called: str) -> bool:
+        """Whether a module that has run as it was recorded may be running once more."""
+        first = base_name(self._calls[whole[-1]].name)
+        return self._ran.issuperset(whole) and (called == first or {called, first} == {"mm", "addmm"})
 
     def run(self, inputs: Any, grad: bool = False) -> Any:
         """One forward in eval mode; its output.
@@ -98,7 +114,8 @@ class Aligned(TorchDispatchMode):
 
     def missed(self) -> list[int]:
         """Recorded calls that matter but were not run."""
-        return sorted(self._needed.intersection(op for calls in self._expected.values() for op in calls))
+        expected = {op for calls in self._expected.values() for op in calls}
+        return sorted(self._needed.intersection(expected) - self._ran)
 
     def labelled(self, op: int, args: tuple, shift: int) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Activations among the arguments that `on_call` was given, with each dim that has labels and its axis."""

@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from ..budget import Budget
-from ..errors import ArgumentError
+from ..errors import ArgumentError, BudgetError
 from ..graph import ChannelGraph
 from ..graph._soft_cost import SoftCost
 from ..reconstruct import reconstruct
 from .gates import BetaBernoulliGates
-from .head import fit_head, fixed
-from .mask_generator import l1_ranks
+from .head import fit_head, fixed, stepping
+from .mask_generator import MODES, l1_ranks
 from .statistics import reader_means
 
-MODES = ("joint", "structure")
 HEAD_STEPS = 20
 _FAST_WIDTH = 8  # others take longer than the next multiple of it: bfloat16 on a VGG, a third more
 
@@ -134,13 +133,13 @@ def weight_steps(
     weights = [p for p in graph.model.parameters() if p.requires_grad]
     if not weights:
         return
-    optimizer = torch.optim.SGD(weights, lr=settings.weight_lr, momentum=settings.momentum, nesterov=True)
+    options = {"lr": settings.weight_lr, "momentum": settings.momentum, "nesterov": True}
+    step = stepping(torch.optim.SGD, weights, **options)
     plan = graph.plan(keep)
     for batch in batches:
         with torch.enable_grad(), graph.masked(plan):
             loss_fn(graph.model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step()
         yield
 
 
@@ -191,4 +190,8 @@ def _live_part(
 ) -> torch.Tensor:
     """Classes computed in this step: those of the highest probability, at a cost falling from 1 to the budget."""
     relaxed = {kind: 1 - (1 - ask) * progress for kind, ask in budget.asked().items()}
-    return Budget(**relaxed).select(graph, gates.probability(), ranking="global", round_to=_FAST_WIDTH, floor=floor, exact=False)
+    options = {"ranking": "global", "floor": floor, "exact": False}
+    try:
+        return Budget(**relaxed).select(graph, gates.probability(), round_to=_FAST_WIDTH, **options)
+    except BudgetError:  # layers too narrow for it
+        return Budget(**relaxed).select(graph, gates.probability(), **options)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch.utils._pytree import tree_map
+from torch.utils.data import TensorDataset, default_collate
 
 from ..errors import ArgumentError, LoaderError
 
@@ -26,6 +27,14 @@ class Episode:
     support: tuple[Any, torch.Tensor]
     query: tuple[Any, torch.Tensor]
     classes: int
+
+    def to(self, device: torch.device) -> Episode:
+        """The same on a device."""
+        moved = (
+            tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, part)
+            for part in (self.support, self.query)
+        )
+        return Episode(*moved, self.classes)
 
 
 class Episodes:
@@ -58,7 +67,7 @@ class Episodes:
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise ArgumentError(f"dataset: expected a map-style data set with a length, got {type(dataset).__name__}")
         self.dataset, self.seed, self.shots, self.queries = dataset, seed, shots, queries
-        self.labels = torch.as_tensor(_labels(dataset) if labels is None else labels).long().flatten()
+        self.labels = _checked(_labels(dataset) if labels is None else labels)
         if len(self.labels) != len(dataset):
             raise ArgumentError(f"labels: {len(self.labels)} for a data set of {len(dataset)} examples")
         least = shots + queries
@@ -104,16 +113,29 @@ class Episodes:
             raise LoaderError(f"dataset: reading examples raised {type(error).__name__}: {error}") from error
 
 
+def _checked(labels: Any) -> torch.Tensor:
+    """Class indices, [examples]."""
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        values = None
+    if values is None or values.dim() != 1 or values.is_floating_point() or values.is_complex():
+        found = type(labels).__name__ if values is None else f"{values.dtype} {tuple(values.shape)}"
+        raise ArgumentError(f"labels: expected class indices, one for each example, got {found}; pass labels=")
+    return values.long().cpu()
+
+
 def _labels(dataset: Any) -> Any:
     for name in ("targets", "labels"):
-        if len(found := getattr(dataset, name, ())) == len(dataset):
-            return torch.as_tensor(found)
-    tensors = getattr(dataset, "tensors", ())
-    if tensors and len(tensors[-1]) == len(dataset):
-        return tensors[-1]
+        found = getattr(dataset, name, None)
+        if isinstance(found, Sized) and len(found) == len(dataset):
+            return found
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return dataset.tensors[1]
     try:
-        return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
-    except (TypeError, ValueError, IndexError) as error:
+        return [int(dataset[i][1]) for i in range(len(dataset))]
+    except Exception as error:  # of the user's code
         raise ArgumentError(
-            f"labels: the data set does not yield (input, class index) pairs ({error}); pass labels="
+            f"labels: the data set does not yield (input, class index) pairs ({type(error).__name__}: {error}); pass "
+            "labels="
         ) from error

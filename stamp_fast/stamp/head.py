@@ -12,6 +12,7 @@ from torch import nn
 from ..graph import ChannelGraph
 
 _LEARNING_RATE = 0.03
+_LARGEST_GRADIENT = 5.0
 
 
 def fit_head(graph: ChannelGraph, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> None:
@@ -23,14 +24,39 @@ def fit_head(graph: ChannelGraph, batches: Iterable[Any], loss_fn: Callable[[nn.
     if not head:
         return
     chosen = {id(p) for p in head}
-    optimizer = torch.optim.Adam(head, lr=_LEARNING_RATE)
+    step = stepping(torch.optim.Adam, head, lr=_LEARNING_RATE)
     plan = graph.plan(graph.all_kept())
     with torch.enable_grad(), fixed(p for p in graph.model.parameters() if id(p) not in chosen):
         for batch in batches:
             with graph.masked(plan):
                 loss_fn(graph.model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
+
+
+def stepping(optimizer: type[torch.optim.Optimizer], parameters: list[nn.Parameter], **options: Any) -> Callable:
+    """A step of an optimizer that any loss and dtype can stand; it leaves no gradient behind.
+
+    It works in float32 where the parameters are of less: Adam in float16 divides by zero. Gradients are clipped: a
+    loss may be of any scale. A gradient that is not finite is passed over.
+    """
+    low = (torch.float16, torch.bfloat16)
+    masters = [p.detach().float().clone() if p.dtype in low else p for p in parameters]
+    chosen = optimizer(masters, **options)
+
+    def step() -> None:
+        for master, parameter in zip(masters, parameters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        if bool(torch.nn.utils.clip_grad_norm_(masters, _LARGEST_GRADIENT).isfinite()):
+            chosen.step()
+            with torch.no_grad():
+                for master, parameter in zip(masters, parameters, strict=True):
+                    if master is not parameter:
+                        parameter.copy_(master)
+        for tensor in (*masters, *parameters):
+            tensor.grad = None
+
+    return step
 
 
 @contextmanager

@@ -8,6 +8,7 @@ statistic of a `SetEncoder`. The start from the L1 norm and the allocation of a 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from .architecture import Architecture
 from .gates import A_INIT, B_INIT, BETA_INIT, GAMMA_INIT, BetaBernoulliGates
 from .set_encoder import SetEncoder
 
+MODES = ("joint", "structure")
 _MOMENTUM = 0.02  # of the running mean and deviation of o over tasks
 _MOST_SHIFT = 1.5  # logits: no group is opened or closed beyond this for a budget
 
@@ -53,6 +55,8 @@ class MaskGenerator(nn.Module):
         mode: str = "joint",
     ) -> None:
         super().__init__()
+        if mode not in MODES:
+            raise ArgumentError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
         self.mode = mode
         self.architecture = architecture
         sizes = [classes for _, _, classes in architecture.groups]
@@ -78,7 +82,7 @@ class MaskGenerator(nn.Module):
         mode: str = "joint",
     ) -> MaskGenerator:
         """Its gates rank as the L1 norm does, with equal shares of every group."""
-        return MaskGenerator(Architecture.of(graph), encoder, image_shape, l1_ranks(graph), mode)
+        return MaskGenerator(Architecture.of(graph), encoder, image_shape, l1_ranks(graph), mode).float()
 
     def forward(
         self, graph: ChannelGraph, inputs: Any, labels: torch.Tensor | None, budget: Budget
@@ -148,8 +152,10 @@ class MaskGenerator(nn.Module):
         try:
             settings = json.loads(metadata["generator"])
             generator = MaskGenerator(architecture, settings["encoder"], settings["image_shape"], mode=settings["mode"])
-            generator.load_state_dict(state)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            generator.float().load_state_dict(state)  # float32 whatever the default dtype
+            if not all(bool(value.isfinite().all()) for value in generator.state_dict().values()):
+                raise ValueError("it holds NaN or inf")
+        except (ArgumentError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"generator: '{file}' contradicts itself: {error}") from error
         return generator.eval()
 
@@ -174,3 +180,23 @@ def l1_ranks(graph: ChannelGraph) -> torch.Tensor:
         order = scores[group.classes].argsort().argsort()
         ranks[group.classes] = 0.05 + 0.9 * (order + 0.5) / group.num_classes
     return ranks
+
+
+def check_generator(generator: Any, method: str, steps: int) -> MaskGenerator | None:
+    """The generator, read from its file if that was given.
+
+    Raises:
+        ArgumentError: no generator, one for another method, or no step without one.
+        CheckpointError: the file cannot be read.
+    """
+    if isinstance(generator, (str, os.PathLike)):
+        generator = MaskGenerator.load(generator)
+    if generator is not None and not isinstance(generator, MaskGenerator):
+        raise ArgumentError(f"generator: expected a MaskGenerator or the file of one, got {type(generator).__name__}")
+    if generator is not None and method != "stamp":
+        raise ArgumentError(f"generator: is for method 'stamp', not for '{method}'")
+    if generator is not None and any(p.dtype != torch.float32 for p in generator.parameters()):
+        generator = copy.deepcopy(generator).float()
+    if generator is None and method == "stamp" and steps < 1:
+        raise ArgumentError("steps: must be at least 1 where no generator= says which channels matter")
+    return generator

@@ -3,8 +3,8 @@
 Certain (arXiv 2006.12139, abstract): meta-learned over different subsets of the reference data set, so that it
 generalises to unseen data sets within a few gradient steps. The loop is our reading: T inner steps on copies, a
 first-order gradient of the query loss at the adapted point, the reference weights restored for the next task. That
-the groups' shares of the budget follow differences of the query loss, and not its gradient, is ours: the gradient gave
-all to the last stage, whose channels are cheap, and starved the first.
+the groups' shares of the budget follow differences of the query loss, after the cut and all that comes with it, is
+ours: its gradient gave all to the last stage, whose channels are cheap, and starved the first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from .._files import opened, real_path, write
+from .._phases import in_mode
 from ..budget import Budget
+from ..checks import check_model, check_prunable
 from ..data import some_examples
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, LoaderError
 from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
 from ..graph._snapshot import Snapshot
@@ -84,11 +87,24 @@ class Schedule:
         if self.outer not in _OUTER:
             raise ArgumentError(f"outer: must be one of {', '.join(_OUTER)}, got {self.outer!r}")
         for name in ("tasks", "tasks_per_update", "inner_steps", "batch_size", "shots", "queries"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{name}: must be a whole number of at least 1, got {value!r}")
-        if not 0 < self.budgets[0] <= self.budgets[1] <= 1:
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("head_steps", "seed"):
+            _check_whole(name, getattr(self, name), 0)
+        if not isinstance(self.lr, Real) or not 0 < self.lr < math.inf:
+            raise ArgumentError(f"lr: must be a positive number, got {self.lr!r}")
+        if not _is_pair(self.budgets, Real) or not 0 < self.budgets[0] <= self.budgets[1] <= 1:
             raise ArgumentError(f"budgets: must be two fractions in (0, 1], the smaller first, got {self.budgets!r}")
+        if not _is_pair(self.classes, int) or not 2 <= self.classes[0] <= self.classes[1]:
+            raise ArgumentError(f"classes: must be two whole numbers from 2, the smaller first, got {self.classes!r}")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ArgumentError(f"{name}: must be a whole number of at least {least}, got {value!r}")
+
+
+def _is_pair(value: Any, kind: type) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, kind) for v in value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +145,17 @@ def meta_train(
         CheckpointError: the checkpoint is of another network or another schedule; the message names the difference.
     """
     network = unwrapped(model)
+    check_model(network)
+    _check_whole("checkpoint_every", checkpoint_every, 1)
+    unknown = sorted(schedule.keys() - {field.name for field in dataclasses.fields(Schedule)})
+    if unknown:
+        raise ArgumentError(f"{unknown[0]}: meta_train has no such argument; see stamp.Schedule for what there is")
     plan = Schedule(**schedule)
     episodes = Episodes(dataset, plan.seed, labels, plan.classes, plan.shots, plan.queries)
-    example = some_examples(episodes[0].support[0], 2)
+    example = some_examples(episodes[0].to(next(network.parameters()).device).support[0], 2)
     graph = trace(network, example)
     graph.settle()
+    check_prunable(graph)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         generator = MaskGenerator.untrained(graph, plan.encoder, _image_shape(example), plan.mode)
@@ -142,8 +164,8 @@ def meta_train(
     updates = math.ceil(plan.tasks / plan.tasks_per_update)
     rank, ranks = _place()
     bar = tqdm(total=updates, initial=done, desc="meta-train", disable=not progress or rank > 0, unit="update")
-    before = Snapshot(network, copy_values=True)
-    with bar, contextlib.ExitStack() as stack:
+    with bar, in_mode(network, training=True), _all_trained(network), contextlib.ExitStack() as stack:  # as in `prune`
+        before = Snapshot(network, copy_values=True)
         stack.callback(before.restore)
         for update in range(done, updates):
             begin = time.perf_counter()
@@ -165,7 +187,7 @@ def meta_train(
 
 def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, task: int, plan: Schedule) -> Outcome:
     """One task: condition, fit a fresh head, T inner steps, loss on the query set. Leaves the weights adapted."""
-    episode = episodes[task]
+    episode = episodes[task].to(graph.device)
     rng = episodes.generator(task, 1)
     low, high = (math.log(b) for b in plan.budgets)
     budget = Budget(macs=math.exp(low + (high - low) * float(torch.rand((), generator=rng))))
@@ -173,7 +195,7 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
     loss_fn = _loss_over(episode.classes, plan.autocast)
     inputs, labels = episode.support
     start, o = generator(graph, inputs, labels, budget)
-    gates = BetaBernoulliGates(**start)
+    gates = BetaBernoulliGates(**start).to(graph.device)
     with torch.no_grad():
         for parameter in graph.output_parameters():
             parameter.zero_()
@@ -189,34 +211,33 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
             pass
         for parameter in gates.parameters():
             parameter.grad = None
+        _towards_better_channels(graph, gates, episode, loss_fn, rng)
         weights = [(p, p.detach().clone()) for p in graph.model.parameters()]
         after = list(batches(steps)) if plan.mode == "joint" else []
-        # What stays is drawn, so that every channel is tried now and then; the groups' shares are tried both ways.
+        # The groups' shares are tried both ways, all that follows included, on one draw.
         logits = torch.logit(gates.sample(rng).detach())
         way = _TRIED * torch.randn(len(graph.groups), generator=rng)
-        results = []
+        losses = []
         for sign in (1, -1):
             drawn = torch.sigmoid(logits + sign * generator.of_classes(way).to(logits))
             keep = budget.select(graph, drawn, ranking="global", floor=settings.floor, exact=False)
             reconstruct(graph, keep, inputs)
             for _ in weight_steps(graph, keep, after, loss_fn, settings):
                 pass
-            results.append(_query(graph, keep, episode, loss_fn))
+            with torch.no_grad(), graph.masked(keep):
+                losses.append(loss_fn(graph.model, episode.query).item())
             with torch.no_grad():
                 for parameter, value in weights:
                     parameter.copy_(value)
-        (loss, grad), (other, other_grad) = results
-        with torch.enable_grad():
-            gates.probability().backward((grad + other_grad) / 2)
-    # By antithetic differences: a gradient at one choice of channels says little about how many a group should have.
-    towards_way = (loss - other) / (2 * _TRIED**2) * way
+    towards_way = (losses[0] - losses[1]) / (2 * _TRIED**2) * way
     gates.shift.grad = generator.of_classes(towards_way / torch.tensor(generator.encoder.sizes)).to(gates.shift)
     named = dict(gates.named_parameters())
     adapted = {"a": named["a_unconstrained"], "b": named["b_unconstrained"]} | named
     if plan.outer == "reptile":
-        towards = [start[name].detach() - adapted[name].detach() for name in start]
+        towards = [start[name].detach() - adapted[name].detach().cpu() for name in start]
     else:
-        towards = [adapted[n].grad if adapted[n].grad is not None else torch.zeros_like(start[n]) for n in start]
+        grads = {name: adapted[name].grad for name in start}
+        towards = [torch.zeros_like(start[n]) if grad is None else grad.cpu() for n, grad in grads.items()]
     pairs = [(value, grad) for value, grad in zip(start.values(), towards, strict=True) if value.requires_grad]
     gradients = torch.autograd.grad(
         [value for value, _ in pairs],
@@ -225,21 +246,38 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
         allow_unused=True,
         materialize_grads=True,
     )
-    return Outcome(list(gradients), o.detach(), (loss + other) / 2, graph.macs(keep) / graph.macs())
+    return Outcome(list(gradients), o.detach(), sum(losses) / 2, graph.macs(keep) / graph.macs())
 
 
-def _query(graph: ChannelGraph, keep: torch.Tensor, episode: Episode, loss_fn: LossFn) -> tuple[float, torch.Tensor]:
-    """Loss on the query set, and its gradient in the mask: which of a group's channels it would rather have more of."""
-    mask = torch.ones(graph.num_classes, device=graph.device, requires_grad=True)
-    with torch.enable_grad(), fixed(graph.model.parameters()), graph.masked(keep, mask):
-        loss = loss_fn(graph.model, episode.query)
-        loss.backward()
-    grad = torch.zeros_like(mask)
-    for group in graph.groups:  # more of everything is no answer
-        kept = keep[group.classes].to(mask.device)
-        values = mask.grad[group.classes]
-        grad[group.classes] = torch.where(kept, values - values[kept].mean(), 0)
-    return loss.item(), grad
+@contextlib.contextmanager
+def _all_trained(model: nn.Module) -> Iterator[None]:
+    """Every parameter wants a gradient, those that the user has frozen too: a task needs a head of its own."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _towards_better_channels(
+    graph: ChannelGraph, gates: BetaBernoulliGates, episode: Episode, loss_fn: LossFn, rng: torch.Generator
+) -> None:
+    """Leaves the gradient of the query loss in the gates, under a relaxed mask of all channels.
+
+    Relaxed: at a hard mask it would say what a little more of a channel does, which is nothing where the weights are
+    fitted; over draws between 0 and 1 it adds up to what the channel is worth. Every group's mean is taken out: more
+    of everything is no answer.
+    """
+    with torch.enable_grad():
+        mask = gates.sample(rng)
+        drawn = mask.detach().requires_grad_()
+        with fixed(graph.model.parameters()), graph.masked(graph.all_kept(), drawn):
+            loss_fn(graph.model, episode.query).backward()
+        means = [drawn.grad[group.classes].mean().expand(group.num_classes) for group in graph.groups]
+        mask.backward(drawn.grad - torch.cat(means))
 
 
 def _step(
@@ -251,6 +289,8 @@ def _step(
     total = torch.cat([torch.zeros_like(p).flatten() for p in parameters] + [torch.zeros(2)])
     statistics = torch.zeros(len(tasks), len(generator.mu))
     for task, outcome in sorted(outcomes.items()):
+        if not all(bool(g.isfinite().all()) for g in outcome.gradients) or not math.isfinite(outcome.loss):
+            raise LoaderError(f"dataset: task {task} gives a loss or gradient that is not finite (loss {outcome.loss})")
         told = torch.tensor([outcome.loss, outcome.macs])
         total += torch.cat([*(g.flatten() for g in outcome.gradients), told])
         statistics[task - tasks.start] = outcome.statistic

@@ -156,4 +156,5 @@ class SetEncoder(nn.Module):
         if not isinstance(inputs, torch.Tensor) or tuple(inputs.shape[1:]) != self.image_shape:
             raise ArgumentError(f"encoder: kind 'input' takes one tensor of images of shape {self.image_shape}")
         images = inputs.flatten(1).float()
-        return self.draw(self.pool(self.look(self.embed(images)[None]))).view(-1, *self.image_shape)
+        drawn = self.draw(self.pool(self.look(self.embed(images)[None]))).view(-1, *self.image_shape)
+        return drawn.to(inputs.dtype) if inputs.is_floating_point() else drawn

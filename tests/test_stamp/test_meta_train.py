@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stamp_fast import ArgumentError, CheckpointError
+from stamp_fast import ArgumentError, CheckpointError, LoaderError, ModelError
 from stamp_fast.stamp import MaskGenerator, meta_train
 
 SHORT = SCHEDULE | {"tasks": 6, "tasks_per_update": 3}
@@ -158,6 +158,17 @@ def test_more_tasks_lower_the_query_loss(capsys):
         ({"outer": "maml"}, "outer: must be one of first_order, reptile, got 'maml'"),
         ({"tasks": 0}, "tasks: must be a whole number of at least 1, got 0"),
         ({"budgets": (0.5, 0.1)}, "budgets: must be two fractions"),
+        ({"budgets": 0.5}, "budgets: must be two fractions"),
+        ({"budgets": (0.5,)}, "budgets: must be two fractions"),
+        ({"classes": 3}, "classes: must be two whole numbers from 2"),
+        ({"classes": (1, 3)}, "classes: must be two whole numbers from 2"),
+        ({"lr": -1}, "lr: must be a positive number, got -1"),
+        ({"lr": "a"}, "lr: must be a positive number"),
+        ({"seed": None}, "seed: must be a whole number of at least 0, got None"),
+        ({"seed": 2**70}, "seed: must be a whole number"),
+        ({"head_steps": -1}, "head_steps: must be a whole number of at least 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every: must be a whole number of at least 1"),
+        ({"task": 5}, "task: meta_train has no such argument"),
         ({"encoder": "pixels"}, "encoder: must be one of"),
         ({"mode": "both"}, "mode: must be one of joint, structure"),
         ({"classes": (2, 50), "shots": 11}, "0 classes have the 15 examples"),
@@ -186,3 +197,29 @@ def test_schedule_is_in_the_checkpoint(tmp_path: Path):
     trained(checkpoint=tmp_path / "c")
     with safe_open(tmp_path / "c", "pt") as file:
         assert json.loads(file.metadata()["schedule"])["tasks"] == 6
+
+
+def test_flags_of_the_model_make_no_difference():
+    """A model in eval mode, and a frozen one, learn as `prune` will adapt them: in training mode, all of it."""
+    generators = []
+    for train, frozen in ((False, False), (True, False), (False, True)):
+        model, dataset = reference()
+        model.train(train).requires_grad_(not frozen)
+        generators.append(meta_train(model, dataset, progress=False, **SHORT))
+        assert model.training == train
+        assert all(p.requires_grad != frozen for p in model.parameters())
+    for other in generators[1:]:
+        assert_same(generators[0], other)
+
+
+def test_a_task_that_is_not_finite_is_named():
+    model, dataset = reference()
+    dataset.tensors[0][:] = float("inf")
+    with pytest.raises(LoaderError, match="task 0 gives a loss or gradient that is not finite"):
+        meta_train(model, dataset, progress=False, **SHORT)
+
+
+def test_nothing_to_prune():
+    model, dataset = reference()
+    with pytest.raises(ModelError, match="nothing to prune"):
+        meta_train(nn.Sequential(nn.Flatten(), nn.Linear(dataset[0][0].numel(), 8)), dataset, progress=False, **SHORT)
