@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -342,6 +343,52 @@ class CountsCalls:
 def in_inference_mode():
     with torch.inference_mode():
         return Plain()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("norm", [True, False])
+def test_stamp_stands_losses_of_any_scale(scale, norm):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3), *[nn.BatchNorm2d(16)] * norm, nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1))
+    data = [(torch.randn(16, 1, 8, 8), scale * torch.randn(16, 1)) for _ in range(3)]
+    stamp_fast.prune(model, data, loss_fn=lambda m, b: F.mse_loss(m(b[0]), b[1]), steps=10, seed=0, progress=False)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_stamp_on_other_dtypes(dtype):
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        nn.Linear(64, 10),
+    ).to(dtype)
+    data = [(x.to(dtype), y) for x, y in batches(3, 16)]
+    head = model[-1].weight.detach().clone()
+    stamp_fast.prune(model, data, loss_fn=lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]), steps=3, progress=False)
+    assert all(bool(p.isfinite().all()) and p.dtype == dtype for p in model.parameters())
+    assert model[-1].weight.shape[1] < head.shape[1]
+
+
+@pytest.mark.parametrize("by", ["position", "name"])
+def test_data_behind_an_example_is_what_is_folded_on(monkeypatch, by):
+    """Batches whose form says nothing need `example`, but that is for the trace alone."""
+    data = [{"pixels": x, "label": y} for x, y in batches(4, 100)]
+    seen = []
+    module = sys.modules["stamp_fast.prune"]
+    original = module.reconstruct
+    monkeypatch.setattr(
+        module, "reconstruct", lambda graph, keep, inputs: seen.append(inputs) or original(graph, keep, inputs)
+    )
+
+    def loss(model, batch):
+        logits = model(batch["pixels"]) if by == "position" else model(x=batch["pixels"])
+        return F.cross_entropy(logits, batch["label"])
+
+    options = {"method": "magnitude", "reconstruction": True, "loss_fn": loss, "progress": False}
+    stamp_fast.prune(Plain(), data, example=torch.zeros(1, 1, 8, 8), **options)
+    (inputs,) = seen
+    tensors = [one["x"] if by == "name" else one[0] for one in inputs]
+    assert torch.equal(torch.cat(tensors), torch.cat([d["pixels"] for d in data])[:256])
 
 
 def on(loader, **more):

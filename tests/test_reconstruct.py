@@ -156,3 +156,18 @@ def test_nothing_is_cut_nothing_is_changed():
     assert reconstruct(graph, graph.all_kept(), torch.randn(4, 1, 8, 8)) == []
     with pytest.raises(ArgumentError, match="keep: expected shape"):
         reconstruct(graph, torch.ones(3, dtype=torch.bool), torch.randn(4, 1, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(1024, 32, 32), (64, 128, 128), (1000, 32, 32)], ids=str)
+def test_rows_that_are_left_out_do_not_bias_the_solution(shape):
+    """More rows than are looked at, their number a multiple of the image's width: padding is not all that is seen."""
+    count, *size = shape
+    model = Redundant(nn.Conv2d(8, 5, 3, padding=1)).eval()
+    x = torch.randn(count, 2, *size)
+    with torch.no_grad():
+        before = model(x[:8])
+        graph = trace(model, x[:2])
+        keep = keep_of(graph, "first", 4)
+        reconstruct(graph, keep, x, ridge=1e-6)
+        graph.compact(keep)
+        assert (model(x[:8]) - before).square().mean() < 1e-3 * before.var()

@@ -1,5 +1,6 @@
 """A smaller network that computes something else is never handed over, and the group at fault is named."""
 
+import copy
 import math
 
 import pytest
@@ -147,6 +148,35 @@ class Picks(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         y = self.head(torch.relu(self.body(x)).mean((2, 3)))
         return [y[torch.nonzero(y.amax(1) > self.least).squeeze(1)]]
+
+
+def test_a_loop_over_more_images_than_were_traced_is_compared():
+    network = randomise(Plain()).eval()
+
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            return torch.cat([self.network(image[None]) for image in images])
+
+    images = [torch.randn(1, 8, 8) for _ in range(5)]
+    loader = [(images, torch.randint(10, (5,)))] * 2
+    for method in ("magnitude", "stamp"):
+        model = copy.deepcopy(Each())
+        model.eval()
+        stamp_fast.prune(
+            model,
+            loader,
+            method=method,
+            steps=1,
+            loss_fn=lambda m, b: F.cross_entropy(m.eval()(b[0]), b[1]),
+            progress=False,
+        )
+        report = stamp_fast.report(model)
+        assert report.macs_after < 0.6 * report.macs_before
+        assert report.equality_error is not None and report.equality_error < 1e-5
 
 
 @pytest.mark.parametrize(("least", "compared"), [(-1e9, True), (1e9, False)])

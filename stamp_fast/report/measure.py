@@ -53,7 +53,7 @@ def _step_of(model: nn.Module, batch: Any, loss_fn: Callable) -> Callable[[], No
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:  # a wholly frozen network costs what it would cost if it were trained
         trainable = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.SGD(trainable, lr=1e-4, momentum=0.9)
+    optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=0.9)  # the work of a step; a loss of any scale stays finite
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -107,3 +107,35 @@ def test_bad_arguments(options, error, match):
 def test_a_data_set_that_fails():
     with pytest.raises(LoaderError, match="reading examples raised OSError: the disk is gone"):
         episodes(Broken(), labels=[i % 4 for i in range(60)])[0]
+
+
+def test_labels_of_a_data_set_with_more_than_two_tensors():
+    images, labels = dataset().tensors
+    assert torch.equal(episodes(TensorDataset(images, labels, torch.zeros(len(labels)))).labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        (torch.rand(CLASSES * EACH), "expected class indices, one for each example, got torch.float32"),
+        (["cat"] * CLASSES * EACH, "expected class indices, one for each example, got list"),
+        (torch.zeros(CLASSES * EACH, 2, dtype=torch.long), r"got torch.int64 \(108, 2\)"),
+    ],
+    ids=["floats", "words", "pairs"],
+)
+def test_labels_that_are_no_class_indices(labels, match):
+    with pytest.raises(ArgumentError, match=match):
+        episodes(labels=labels)
+
+
+class Named(Bare):
+    targets = None
+
+    def __getitem__(self, i):
+        return {"image": torch.zeros(1), "label": i % 4}
+
+
+@pytest.mark.parametrize("data", [Named(), Broken()], ids=["items by name", "broken"])
+def test_labels_that_cannot_be_read(data):
+    with pytest.raises(ArgumentError, match="does not yield .* pairs .*; pass labels="):
+        episodes(data)

@@ -98,6 +98,32 @@ def test_file_gives_back_the_same_generator(kind, tmp_path):
     assert (again.architecture, again.mode) == (generator.architecture, generator.mode)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_default_dtypes(kind, tmp_path):
+    """Generators are of float32, whatever the network, the process or the user has made of it."""
+    graph = traced()
+    generator = learned(graph, kind)
+    generator.save(tmp_path / "g")
+    batches = [(torch.rand(16, *SHAPE, dtype=torch.float64), torch.arange(16) % 10)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for given in (tmp_path / "g", generator.double()):
+            model = randomise(Residual()).double()
+            stamp_fast.prune(model, batches, generator=given, steps=1, progress=False)
+        assert MaskGenerator.load(tmp_path / "g").beta.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_files_that_hold_nan_are_refused(tmp_path):
+    generator = learned(traced())
+    with torch.no_grad():
+        generator.beta[3] = float("nan")
+    generator.save(tmp_path / "g")
+    with pytest.raises(CheckpointError, match="it holds NaN or inf"):
+        MaskGenerator.load(tmp_path / "g")
+
+
 def test_other_heads_and_other_weights_fit():
     generator = learned(traced())
     generator.check_fits(traced(classes=3))
