@@ -60,7 +60,7 @@ def _uniform(head: bool = False, folds: bool = False) -> Arm:
     return arm
 
 
-def _stamp(tasks: int = 300, mode: str = "joint", set_images: int = 256, **options: Any) -> Arm:
+def _stamp(tasks: int = 200, mode: str = "joint", set_images: int = 256, **options: Any) -> Arm:
     """STAMP with a generator that was meta-trained for so many tasks (0: untrained, None: no generator at all)."""
     encoder = {"encoder": options.pop("encoder")} if "encoder" in options else {}
 
@@ -88,9 +88,9 @@ VARIANTS: dict[str, Callable[[], Arm]] = {
     "not folded": lambda: _stamp(reconstruction=False),
     "unconditional gates (no generator)": lambda: pruned_by("stamp"),
     "meta-trained for 0 tasks": lambda: _stamp(tasks=0),
-    "meta-trained for 100 tasks": lambda: _stamp(tasks=100),
-    "encoder: mean": lambda: _stamp(tasks=100, encoder="mean"),
-    "encoder: input": lambda: _stamp(tasks=100, encoder="input"),
+    "meta-trained for 50 tasks": lambda: _stamp(tasks=50),
+    "encoder: mean": lambda: _stamp(tasks=50, encoder="mean"),
+    "encoder: input": lambda: _stamp(tasks=50, encoder="input"),
     "16 images to look at and to fold on": lambda: _stamp(set_images=16),
     "64 images to look at and to fold on": lambda: _stamp(set_images=64),
     "0 steps": lambda: _stamp(steps=0),

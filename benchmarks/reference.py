@@ -72,7 +72,7 @@ def pretrained_for(network: str, classes: int, seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def generator_for(network: str, mode: str, tasks: int = 300, **schedule: object) -> MaskGenerator:
+def generator_for(network: str, mode: str, tasks: int = 200, **schedule: object) -> MaskGenerator:
     """Meta-trained on the reference data, in bfloat16, otherwise with the default schedule."""
     name = "-".join([network, mode, str(tasks), *(f"{k}={v}" for k, v in sorted(schedule.items()))])
     path = _CACHE / f"{name}.safetensors"
@@ -97,7 +97,7 @@ def generator_for(network: str, mode: str, tasks: int = 300, **schedule: object)
 
 @click.command()
 @click.argument("network", type=click.Choice(list(NETWORKS)))
-@click.option("--tasks", default=300, show_default=True)
+@click.option("--tasks", default=200, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 def main(network: str, tasks: int, threads: int) -> None:
     """Pretrain a network and meta-train its generators."""
