@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -25,18 +24,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from .._files import opened, real_path, write
 from .._phases import in_mode
 from ..budget import Budget
 from ..checks import check_model, check_prunable
 from ..data import some_examples
-from ..errors import ArgumentError, CheckpointError, LoaderError
+from ..errors import ArgumentError, LoaderError
 from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
 from ..graph._snapshot import Snapshot
 from ..reconstruct import reconstruct
+from ._run import Run
 from .adapt import Settings, gate_steps, gradients_set_aside, weight_steps
-from .architecture import Architecture
 from .episodes import Episode, Episodes
 from .gates import BetaBernoulliGates
 from .head import fit_head, fixed
@@ -142,7 +140,7 @@ def meta_train(
 
     Raises:
         ArgumentError: an argument cannot be used.
-        CheckpointError: the checkpoint is of another network or another schedule; the message names the difference.
+        CheckpointError: the checkpoint is of another network, schedule or data set; the message names the difference.
     """
     network = unwrapped(model)
     check_model(network)
@@ -160,7 +158,8 @@ def meta_train(
         torch.manual_seed(plan.seed)
         generator = MaskGenerator.untrained(graph, plan.encoder, _image_shape(example), plan.mode)
     optimizer = torch.optim.Adam(generator.parameters(), lr=plan.lr)
-    done = _resume(checkpoint, generator, optimizer, plan)
+    run = Run(checkpoint, dataclasses.asdict(plan), network, episodes.labels)
+    done = run.resume(generator, optimizer)
     updates = math.ceil(plan.tasks / plan.tasks_per_update)
     rank, ranks = _place()
     bar = tqdm(total=updates, initial=done, desc="meta-train", disable=not progress or rank > 0, unit="update")
@@ -180,8 +179,8 @@ def meta_train(
             bar.set_postfix(loss=f"{loss:.3f}", macs=f"{macs:.3f}", rate=f"{rate:.1f} tasks/s", refresh=False)
             bar.update()
             last = update + 1 == updates
-            if checkpoint is not None and rank == 0 and (last or (update + 1) % checkpoint_every == 0):
-                _save(checkpoint, generator, optimizer, plan, update + 1)
+            if rank == 0 and (last or (update + 1) % checkpoint_every == 0):
+                run.save(generator, optimizer, update + 1)
     return generator.eval()
 
 
@@ -289,8 +288,8 @@ def _step(
     total = torch.cat([torch.zeros_like(p).flatten() for p in parameters] + [torch.zeros(2)])
     statistics = torch.zeros(len(tasks), len(generator.mu))
     for task, outcome in sorted(outcomes.items()):
-        if not all(bool(g.isfinite().all()) for g in outcome.gradients) or not math.isfinite(outcome.loss):
-            raise LoaderError(f"dataset: task {task} gives a loss or gradient that is not finite (loss {outcome.loss})")
+        if not all(bool(g.isfinite().all()) for g in outcome.gradients):
+            raise LoaderError(f"dataset: task {task} gives a gradient that is not finite, at a loss of {outcome.loss}")
         told = torch.tensor([outcome.loss, outcome.macs])
         total += torch.cat([*(g.flatten() for g in outcome.gradients), told])
         statistics[task - tasks.start] = outcome.statistic
@@ -336,55 +335,13 @@ def _loss_over(classes: int, autocast: bool) -> LossFn:
                 f"model: its output is {shape}, but a task has {classes} classes; meta-training needs one logit for "
                 "each of them, so pass classes= with smaller tasks"
             )
-        return F.cross_entropy(logits[:, :classes].float(), targets.to(logits.device))
+        value = F.cross_entropy(logits[:, :classes].float(), targets.to(logits.device))
+        if not bool(value.isfinite()):
+            raise LoaderError(f"dataset: the loss of a task is {value.item()}; check its inputs for NaN or inf")
+        return value
 
     return loss
 
 
 def _image_shape(example: Any) -> tuple[int, ...] | None:
     return tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else None
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-def _save(
-    path: Any,
-    generator: MaskGenerator,
-    optimizer: torch.optim.Optimizer,
-    plan: Schedule,
-    updates: int,
-) -> None:
-    stored = {f"generator.{name}": tensor for name, tensor in generator.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        stored |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-    schedule = json.dumps(dataclasses.asdict(plan))
-    metadata = {"schedule": schedule, "architecture": generator.architecture.to_json(), "updates": str(updates)}
-    write({name: tensor.contiguous() for name, tensor in stored.items()}, metadata, real_path(path))
-
-
-def _resume(
-    path: Any,
-    generator: MaskGenerator,
-    optimizer: torch.optim.Optimizer,
-    plan: Schedule,
-) -> int:
-    """Updates that are done already, by the checkpoint; 0 where there is none."""
-    if path is None or not os.path.exists(real_path(path)):
-        return 0
-    with opened(real_path(path), {"schedule", "architecture", "updates"}, "stamp_fast.stamp.meta_train") as content:
-        metadata = content.metadata()
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (not a dict)
-    other = Architecture.from_json(metadata["architecture"]).difference(generator.architecture)
-    if other:
-        raise CheckpointError(f"meta_train: '{path}' is for another network: it has {other}; use another file")
-    mine = json.loads(json.dumps(dataclasses.asdict(plan)))
-    differing = [k for k, v in json.loads(metadata["schedule"]).items() if mine.get(k) != v]
-    if differing:
-        raise CheckpointError(f"meta_train: '{path}' was made with another {', '.join(differing)}; use another file")
-    generator.load_state_dict({n.removeprefix("generator."): t for n, t in tensors.items() if n[:10] == "generator."})
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["updates"])

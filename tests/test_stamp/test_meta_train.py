@@ -124,9 +124,16 @@ def test_two_processes_find_what_one_finds(tmp_path: Path):
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path):
     path = tmp_path / "c"
     trained(checkpoint=path)
-    with pytest.raises(CheckpointError, match="was made with another lr, seed"):
+    with pytest.raises(CheckpointError, match="was made with other lr, seed"):
         trained(checkpoint=path, lr=0.5, seed=3)
     model, dataset = reference()
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] += 1
+    with pytest.raises(CheckpointError, match="was made with other weights"):
+        meta_train(model, dataset, checkpoint=path, progress=False, **SHORT)
+    model, (images, labels) = reference()[0], dataset.tensors
+    with pytest.raises(CheckpointError, match="was made with other labels"):
+        meta_train(model, TensorDataset(images, labels.flip(0)), checkpoint=path, progress=False, **SHORT)
     model[0], model[1] = nn.Conv2d(1, 9, 3, padding=1), nn.BatchNorm2d(9)
     model[4] = nn.Conv2d(9, 12, 3, stride=2)
     with pytest.raises(CheckpointError, match="is for another network: it has '0' with 8 channel classes"):
@@ -212,10 +219,10 @@ def test_flags_of_the_model_make_no_difference():
         assert_same(generators[0], other)
 
 
-def test_a_task_that_is_not_finite_is_named():
+def test_inputs_that_are_not_finite():
     model, dataset = reference()
     dataset.tensors[0][:] = float("inf")
-    with pytest.raises(LoaderError, match="task 0 gives a loss or gradient that is not finite"):
+    with pytest.raises(LoaderError, match="dataset: the loss of a task is nan; check its inputs"):
         meta_train(model, dataset, progress=False, **SHORT)
 
 
