@@ -91,7 +91,7 @@ def generator_for(network: str, mode: str, tasks: int = 200, **schedule: object)
         **schedule,
     )
     generator.save(path)
-    path.with_suffix(".checkpoint").unlink()
+    path.with_suffix(".checkpoint").unlink(missing_ok=True)
     return generator
 
 

@@ -19,6 +19,7 @@ from ..budget import Budget
 from ..errors import ArgumentError, BudgetError
 from ..graph import ChannelGraph
 from ..graph._soft_cost import SoftCost
+from ..graph._undisturbed import attributes_restored
 from ..reconstruct import reconstruct
 from .gates import BetaBernoulliGates
 from .head import fit_head, fixed, stepping
@@ -83,9 +84,10 @@ def adapt(
         folds: what `reconstruct` folds on before weights are trained, in mode "joint"; None leaves it out.
     """
     with gradients_set_aside(graph.model):
-        fit_head(graph, batches(HEAD_STEPS), loss_fn)
-        for _ in gate_steps(graph, gates, batches(steps), steps, loss_fn, budget, set_size, generator, settings):
-            on_step()
+        with attributes_restored(graph.model):  # what a forward leaves there would trip the replay in `choose`
+            fit_head(graph, batches(HEAD_STEPS), loss_fn)
+            for _ in gate_steps(graph, gates, batches(steps), steps, loss_fn, budget, set_size, generator, settings):
+                on_step()
         probability = gates.probability().detach().float().cpu()
         if settings.mode == "joint" and steps:
             keep = choose(probability)
