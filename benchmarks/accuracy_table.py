@@ -92,7 +92,8 @@ def render(machine: dict[str, Any], places: dict[Place, dict[float, dict[str, Ru
         "know. `python -m benchmarks.time_to_accuracy` made the rows ([all of them](time_to_accuracy.csv)), "
         "`python -m benchmarks.accuracy_table` this page.",
         f"Machine: {machine['cpu']} ({machine['capability']}), {machine['threads']} of {machine['cores']} cores, torch "
-        f"{machine['torch']}; bfloat16 autocast, channels_last, batch 64. Accuracy in percent on the first 3,000 test "
+        f"{machine['torch']}, load average {machine['load']} at the start (ratios of seconds mean more than seconds); "
+        "bfloat16 autocast, channels_last, batch 64. Accuracy in percent on the first 3,000 test "
         "images, after so many steps of fine-tuning (± standard deviation over the seeds). Seconds include pruning "
         "and leave out evaluation. STAMP's own steps of adaptation are not among the steps, but among the seconds.",
     ]
@@ -202,6 +203,7 @@ def write_figure(path: Path, title: str, budgets: dict[float, dict[str, Runs]]) 
             points = [
                 (statistics.fmean(s for _, s, _ in at), 100 * statistics.fmean(a for _, _, a in at))
                 for at in zip(*(row["curve"] for row in runs.rows), strict=True)
+                if max(s for _, s, _ in at) > 0  # the axis is logarithmic
             ]
             mine = arm.startswith("STAMP")
             axes.plot(
@@ -213,7 +215,8 @@ def write_figure(path: Path, title: str, budgets: dict[float, dict[str, Runs]]) 
                 alpha=1 if mine or arm == "dense" else 0.75,
             )
         axes.set_xscale("log")
-        axes.set_ylim(bottom=_floor(runs for arms in budgets.values() for runs in arms.values()))
+        axes.set_xlim(left=0.5)
+        axes.set_ylim(_floor(runs for arms in budgets.values() for runs in arms.values()), 100)
         axes.set_xlabel("seconds, pruning included")
         axes.set_title(f"{macs:g} of the MACs")
         axes.grid(alpha=0.25)

@@ -26,7 +26,7 @@ def row(arm: str, macs: float, seed: int, accuracy: float, seconds: float, pruni
     }
 
 
-MACHINE = {"cpu": "a CPU", "capability": "AVX512", "threads": 1, "cores": 2, "torch": "2.15.0"}
+MACHINE = {"cpu": "a CPU", "capability": "AVX512", "threads": 1, "cores": 2, "load": 0.1, "torch": "2.15.0"}
 
 
 def rendered(stamp: float, seconds: float, pruning: float = 1.0) -> str:
