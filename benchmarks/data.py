@@ -30,13 +30,8 @@ _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 @functools.cache
 def reference(copies: int = _COPIES) -> TensorDataset:
     """Rendered glyphs, each in ten fonts and `copies` random poses: images (3, 32, 32) in [0, 1]."""
-    characters = glyphs.choose_classes(CLASSES)
-    rendered = glyphs.render_all(characters, glyphs.TRAIN_FONTS)
-    labels = torch.arange(CLASSES).repeat_interleave(rendered.shape[1]).repeat(copies)
-    plain = rendered.flatten(0, 1).unsqueeze(1).float().div(255).repeat(copies, 1, 1, 1)
-    generator = torch.Generator().manual_seed(0)
-    posed = torch.cat([glyphs.augment(part, generator) for part in plain.split(1000)])
-    return TensorDataset(posed.expand(-1, 3, -1, -1), labels)
+    images, labels = glyphs.posed(glyphs.choose_classes(CLASSES), copies)
+    return TensorDataset(images.expand(-1, 3, -1, -1), labels)
 
 
 def fashion(root: Path | None = None) -> tuple[TensorDataset, TensorDataset]:

@@ -20,15 +20,6 @@ from stamp_fast.demo.network import GENERATOR, pretrained
 from stamp_fast.stamp import meta_train
 
 
-def posed_glyphs(characters: str, copies: int) -> TensorDataset:
-    """Images (N, 1, 32, 32) in [0, 1] of every character in every training font, `copies` poses each."""
-    rendered = glyphs.render_all(characters, glyphs.TRAIN_FONTS)
-    labels = torch.arange(len(rendered)).repeat_interleave(rendered.shape[1]).repeat(copies)
-    plain = rendered.flatten(0, 1).unsqueeze(1).float().div(255).repeat(copies, 1, 1, 1)
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.cat([glyphs.augment(part, generator) for part in plain.split(1000)]), labels)
-
-
 @click.command()
 @click.option("--tasks", default=400, show_default=True)
 @click.option("--mode", default="joint", show_default=True)
@@ -40,7 +31,7 @@ def main(tasks: int, mode: str, threads: int, output: Path) -> None:
     model, metadata = pretrained()
     generator = meta_train(
         model.to(memory_format=torch.channels_last),
-        posed_glyphs(metadata["classes"], copies=3),
+        TensorDataset(*glyphs.posed(metadata["classes"], copies=3)),
         tasks=tasks,
         mode=mode,
         autocast=True,

@@ -173,3 +173,16 @@ def held_out(classes: str, seed: int = 1) -> tuple[Tensor, Tensor]:
     images = render_all(classes, HELD_OUT_FONTS).flatten(0, 1).unsqueeze(1).float() / 255
     targets = torch.arange(len(classes)).repeat_interleave(len(HELD_OUT_FONTS))
     return augment(images, torch.Generator().manual_seed(seed)), targets
+
+
+def posed(characters: str, copies: int) -> tuple[Tensor, Tensor]:
+    """Every character in every training font, `copies` random poses of each, always the same.
+
+    Returns:
+        Images (N, 1, 32, 32) in [0, 1], and labels, positions in `characters`.
+    """
+    rendered = render_all(characters, TRAIN_FONTS)
+    labels = torch.arange(len(rendered)).repeat_interleave(rendered.shape[1]).repeat(copies)
+    plain = rendered.flatten(0, 1).unsqueeze(1).float().div(255).repeat(copies, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([augment(part, generator) for part in plain.split(1000)]), labels

@@ -28,10 +28,14 @@ class Run:
     def __init__(self, path: Any, schedule: dict[str, Any], network: nn.Module, labels: torch.Tensor) -> None:
         self.path = None if path is None else real_path(path)
         self.schedule = json.loads(json.dumps(schedule))
-        self.sources = {
-            "weights": _digest([t for _, t in sorted(network.state_dict().items())]),
-            "labels": _digest([labels]),
-        }
+        self.sources = (
+            {}
+            if path is None
+            else {
+                "weights": _digest([t for _, t in sorted(network.state_dict().items())]),
+                "labels": _digest([labels]),
+            }
+        )
 
     def save(self, generator: MaskGenerator, optimizer: torch.optim.Optimizer, updates: int) -> None:
         """Writes the checkpoint, atomically.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..budget import Budget
+from ..data import LossFn
 from ..errors import ArgumentError, BudgetError
 from ..graph import ChannelGraph
 from ..graph._soft_cost import SoftCost
@@ -28,8 +29,6 @@ from .statistics import reader_means
 
 HEAD_STEPS = 20
 _FAST_WIDTH = 8  # others take longer than the next multiple of it: bfloat16 on a VGG, a third more
-
-LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

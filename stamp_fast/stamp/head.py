@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..data import LossFn
 from ..graph import ChannelGraph
 
 _LEARNING_RATE = 0.03
 _LARGEST_GRADIENT = 5.0
 
 
-def fit_head(graph: ChannelGraph, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> None:
+def fit_head(graph: ChannelGraph, batches: Iterable[Any], loss_fn: LossFn) -> None:
     """Trains the parameters that emit the model's output, one Adam step a batch; the rest of the network is fixed.
 
     A step costs one forward: nothing is kept for the backward of the fixed part.
@@ -59,14 +60,19 @@ def stepping(optimizer: type[torch.optim.Optimizer], parameters: list[nn.Paramet
     return step
 
 
-@contextmanager
-def fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def fixed(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
     """These want no gradient, so none is computed for them."""
-    wanted = [p for p in parameters if p.requires_grad]
+    return wanting_gradients(parameters, False)
+
+
+@contextmanager
+def wanting_gradients(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
+    """All of these want a gradient, or none of them."""
+    changed = [p for p in parameters if p.requires_grad != wanted and (p.is_floating_point() or p.is_complex())]
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(wanted)
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(not wanted)

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .._phases import in_mode
 from ..budget import Budget
 from ..checks import check_model, check_prunable
-from ..data import some_examples
+from ..data import LossFn, some_examples
 from ..errors import ArgumentError, LoaderError
 from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
@@ -37,15 +37,13 @@ from ._run import Run
 from .adapt import Settings, gate_steps, gradients_set_aside, weight_steps
 from .episodes import Episode, Episodes
 from .gates import BetaBernoulliGates
-from .head import fit_head, fixed
+from .head import fit_head, fixed, wanting_gradients
 from .mask_generator import MaskGenerator
 
 __all__ = ["Schedule", "meta_train", "run_task"]
 
 _OUTER = ("first_order", "reptile")
 _TRIED = 0.3  # logits by which the shares of the groups are tried
-
-LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +161,9 @@ def meta_train(
     updates = math.ceil(plan.tasks / plan.tasks_per_update)
     rank, ranks = _place()
     bar = tqdm(total=updates, initial=done, desc="meta-train", disable=not progress or rank > 0, unit="update")
-    with bar, in_mode(network, training=True), _all_trained(network), contextlib.ExitStack() as stack:  # as in `prune`
+    # In training mode as in `prune`; parameters that the user has frozen too: a task needs a head of its own.
+    trained = wanting_gradients(network.parameters(), True)
+    with bar, in_mode(network, training=True), trained, contextlib.ExitStack() as stack:
         before = Snapshot(network, copy_values=True)
         stack.callback(before.restore)
         for update in range(done, updates):
@@ -246,19 +246,6 @@ def run_task(graph: ChannelGraph, generator: MaskGenerator, episodes: Episodes, 
         materialize_grads=True,
     )
     return Outcome(list(gradients), o.detach(), sum(losses) / 2, graph.macs(keep) / graph.macs())
-
-
-@contextlib.contextmanager
-def _all_trained(model: nn.Module) -> Iterator[None]:
-    """Every parameter wants a gradient, those that the user has frozen too: a task needs a head of its own."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def _towards_better_channels(
