@@ -30,6 +30,7 @@ NETWORKS = {
     "vgg48": lambda classes: cifar_vgg(48, classes=classes),
 }
 _STEPS = {"resnet18": 3000, "vgg": 3000, "vgg48": 1500}
+_TASKS = {"resnet18": 80, "vgg": 200, "vgg48": 80}  # of meta-training
 
 
 def pretrain(network: str, batch: int = 128, lr: float = 0.2) -> Path:
@@ -75,8 +76,9 @@ def pretrained_for(network: str, classes: int, seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def generator_for(network: str, mode: str, tasks: int = 200, **schedule: object) -> MaskGenerator:
+def generator_for(network: str, mode: str, tasks: int | None = None, **schedule: object) -> MaskGenerator:
     """Meta-trained on the reference data, in bfloat16, otherwise with the default schedule."""
+    tasks = _TASKS[network] if tasks is None else tasks
     name = "-".join([network, mode, str(tasks), *(f"{k}={v}" for k, v in sorted(schedule.items()))])
     path = _CACHE / f"{name}.safetensors"
     if path.exists():
@@ -100,9 +102,9 @@ def generator_for(network: str, mode: str, tasks: int = 200, **schedule: object)
 
 @click.command()
 @click.argument("network", type=click.Choice(list(NETWORKS)))
-@click.option("--tasks", default=200, show_default=True)
+@click.option("--tasks", type=int, help="Of meta-training; default: as many as the experiments take.")
 @click.option("--threads", default=2, show_default=True)
-def main(network: str, tasks: int, threads: int) -> None:
+def main(network: str, tasks: int | None, threads: int) -> None:
     """Pretrain a network and meta-train its generators."""
     torch.set_num_threads(threads)
     pretrain(network)
