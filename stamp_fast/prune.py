@@ -42,7 +42,7 @@ def prune(
     budget: Budget = Budget(macs=0.5),  # noqa: B008  (frozen)
     method: str = "stamp",
     generator: MaskGenerator | str | PathLike | None = None,
-    steps: int = 10,
+    steps: int = 5,
     loss_fn: LossFn | None = None,
     reconstruction: bool | None = None,
     optimizer: Optimizers = None,
