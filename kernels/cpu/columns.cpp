@@ -170,7 +170,10 @@ void gather(const Columns& columns, const T* dense, const T* next, T* packed) {
   if (!columns.mask.empty()) return gather_by_mask(columns, dense, next, packed);
 #endif
   each_column(columns, [=](int64_t to, int64_t from, int64_t inner) {
-    if (inner > 1) __builtin_prefetch(next + from, 0, 2);
+    if (inner > 1) {
+      __builtin_prefetch(next + from, 0, 2);
+      __builtin_prefetch(next + from + inner - 1, 0, 2);  // often in the line after
+    }
     std::memcpy(packed + to, dense + from, static_cast<size_t>(inner) * sizeof(T));
   });
 }

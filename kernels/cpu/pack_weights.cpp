@@ -36,8 +36,11 @@ void backward(const PackItem& item, const Columns& columns, int64_t begin, int64
     }
     const T* row_grad = grad + packed_row[row] * row_size;
     if (scale_sum) {
-      const T* dense = static_cast<const T*>(item.dense) + row * item.dense_row_stride;
-      gather(columns, dense, dense, live.data());
+      const T* dense = static_cast<const T*>(item.dense);
+      int64_t next = row + 1;
+      while (next < end && packed_row[next] < 0) ++next;
+      if (next == end) next = row;
+      gather(columns, dense + row * item.dense_row_stride, dense + next * item.dense_row_stride, live.data());
       add_products(columns, row_grad, live.data(), sums.data());
     }
     if (!to) continue;
