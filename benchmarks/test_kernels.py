@@ -146,7 +146,7 @@ def test_kernels(measure: Callable[..., None], name: str) -> None:
     measure(
         name,
         in_turns({key: contestant(function) for key, function in functions.items()}),
-        rounds=15,
+        rounds=11,
         ratios=RATIOS,
         bytes=sum(case.moved),
         bytes_in_lines=sum(case.lines),
