@@ -71,7 +71,7 @@ fuzz: build
 
 # A process and a result file each; for a quick look ARGS="--rounds 2".
 bench: build
-	for suite in train_step structural phases; do \
+	for suite in kernels train_step structural phases; do \
 		$(BIN)/python -m pytest benchmarks/test_$$suite.py --keep $$suite $(ARGS) || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.table benchmarks/results/*.json

@@ -24,6 +24,8 @@ OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
 HOST_FLAGS = OPTIMISE + ([] if DEBUG else ["-g0"]) + ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Error texts carry __FILE__: keep it relative, so that a build does not depend on where the checkout lies.
 HOST_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")
+# Sums are rounded alike whether or not the CPU fuses multiplications with additions.
+HOST_FLAGS.append("-ffp-contract=off")
 # nvcc only warns where device code calls a host function.
 NVCC_FLAGS = ["-std=c++20", "-Werror", "all-warnings"]
 # The operators use the LibTorch stable ABI of 2.11: one build serves every later torch and every Python.

@@ -85,7 +85,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
 
         def one_kept_round() -> None:
             for name, seconds in one_round().items():
-                samples[name].append(seconds)
+                samples[name].append(round(seconds, 7))
 
         # The statistics that pytest-benchmark keeps are of whole rounds; the samples say what took how long.
         benchmark.pedantic(one_kept_round, rounds=rounds)

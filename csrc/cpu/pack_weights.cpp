@@ -55,6 +55,7 @@ TensorList pack_weights(const TensorList& tensors, const TensorList& rows, const
 
   TensorList packed;
   std::vector<PackItem> items;
+  std::vector<cpu::Columns> columns;
   std::vector<void*> pointers;
   std::vector<Chunk> chunks;
   WorkList work;
@@ -62,6 +63,7 @@ TensorList pack_weights(const TensorList& tensors, const TensorList& rows, const
     const auto& layout = layouts[i];
     packed.push_back(new_empty(layout.dense, layout.packed_sizes, layout.format));
     items.push_back(kernel_item(layout));
+    columns.emplace_back(items.back());
     pointers.push_back(packed.back().mutable_data_ptr());
     const int64_t row_size = layout.packed_row_size();
     if (row_size == 0) continue;
@@ -74,7 +76,7 @@ TensorList pack_weights(const TensorList& tensors, const TensorList& rows, const
   }
   work.run([&](int64_t piece) {
     const Chunk& chunk = chunks[piece];
-    cpu::pack_weights(items[chunk.item], chunk.begin, chunk.end, pointers[chunk.item]);
+    cpu::pack_weights(items[chunk.item], columns[chunk.item], chunk.begin, chunk.end, pointers[chunk.item]);
   });
   return packed;
 }
@@ -99,16 +101,19 @@ std::tuple<TensorList, TensorList> pack_weights_backward(const TensorList& grads
   const auto packed_grads = make_grads(kOp, grads, layouts);
 
   struct Job {
+    explicit Job(const PackItem& item) : item(item), columns(item) {}
+
     PackItem item;
+    cpu::Columns columns;
     std::vector<int64_t> packed_row;
-    const void* grad;
+    const void* grad = nullptr;
     void* dense_grad = nullptr;
     void* scale_grad = nullptr;
     int64_t parts = 0;
     std::vector<char> sums;  // (parts, cols) accumulators
   };
   TensorList tensor_grads, scale_grads;
-  std::vector<Job> jobs(layouts.size());
+  std::vector<Job> jobs;
   std::vector<Chunk> chunks;
   WorkList work, sum_work;
   for (size_t i = 0; i < layouts.size(); ++i) {
@@ -117,8 +122,7 @@ std::tuple<TensorList, TensorList> pack_weights_backward(const TensorList& grads
     tensor_grads.push_back(need_tensors[i] ? new_dense(layout) : new_absent(layout.dense));
     scale_grads.push_back(need_scale ? new_empty(layout.dense, {layout.cols}, MemoryFormat::Contiguous)
                                      : new_absent(layout.dense));
-    Job& job = jobs[i];
-    job.item = kernel_item(layout);
+    Job& job = jobs.emplace_back(kernel_item(layout));
     job.packed_row = packed_rows(layout);
     job.grad = packed_grads[i].const_data_ptr();
     if (need_tensors[i]) job.dense_grad = tensor_grads.back().mutable_data_ptr();
@@ -143,7 +147,8 @@ std::tuple<TensorList, TensorList> pack_weights_backward(const TensorList& grads
     Job& job = jobs[chunk.item];
     void* sum = nullptr;
     if (job.scale_grad) sum = job.sums.data() + job.sums.size() / job.parts * chunk.part;
-    cpu::pack_weights_backward(job.item, chunk.begin, chunk.end, job.packed_row.data(), job.grad, job.dense_grad, sum);
+    cpu::pack_weights_backward(job.item, job.columns, chunk.begin, chunk.end, job.packed_row.data(), job.grad,
+                               job.dense_grad, sum);
   });
   sum_work.run([&](int64_t i) {
     Job& job = jobs[i];

@@ -18,6 +18,7 @@ using stamp_fast::PackItem;
 using stamp_fast::widen;
 
 std::mt19937 generator(0);
+bool ascending = false;  // the kept positions; some kernels take these otherwise
 
 template <typename T>
 constexpr DType dtype_of() {
@@ -40,6 +41,7 @@ std::vector<int64_t> random_index(int64_t size, int64_t kept) {
   std::iota(index.begin(), index.end(), 0);
   std::shuffle(index.begin(), index.end(), generator);
   index.resize(static_cast<size_t>(kept));
+  if (ascending) std::sort(index.begin(), index.end());
   return index;
 }
 
@@ -143,15 +145,16 @@ void check(const std::vector<Problem<T>*>& problems) {
 
     std::vector<T> cpu_packed(packed[i].size(), poison), cpu_dense(dense_grad[i].size(), poison);
     std::vector<T> cpu_scale(problem.scale.size(), poison);
-    stamp_fast::cpu::pack_weights(item, 0, item.rows, cpu_packed.data());
+    const stamp_fast::cpu::Columns columns(item);
+    stamp_fast::cpu::pack_weights(item, columns, 0, item.rows, cpu_packed.data());
     std::vector<int64_t> packed_row(static_cast<size_t>(item.dense_rows), -1);
     for (int64_t r = 0; r < item.rows; ++r) packed_row[item.row_index ? item.row_index[r] : r] = r;
     std::vector<accumulator_t<T>> sums(2 * problem.scale.size(), 0);
     const int64_t half = item.dense_rows / 2;
     for (int64_t part = 0; part < 2; ++part) {
       void* sum = item.scale ? sums.data() + part * item.cols : nullptr;
-      stamp_fast::cpu::pack_weights_backward(item, part ? half : 0, part ? item.dense_rows : half, packed_row.data(),
-                                             problem.grad.data(), cpu_dense.data(), sum);
+      stamp_fast::cpu::pack_weights_backward(item, columns, part ? half : 0, part ? item.dense_rows : half,
+                                             packed_row.data(), problem.grad.data(), cpu_dense.data(), sum);
     }
     if (item.scale) {
       stamp_fast::cpu::pack_weights_sum(item.dtype, 2, item.cols, sums.data(), cpu_scale.data());
@@ -184,8 +187,11 @@ void check_shapes() {
 }  // namespace
 
 int main() {
-  check_shapes<float>();
-  check_shapes<double>();
-  check_shapes<stamp_fast::BFloat16>();
-  check_shapes<stamp_fast::Float16>();
+  for (const bool sorted : {false, true}) {
+    ascending = sorted;
+    check_shapes<float>();
+    check_shapes<double>();
+    check_shapes<stamp_fast::BFloat16>();
+    check_shapes<stamp_fast::Float16>();
+  }
 }
