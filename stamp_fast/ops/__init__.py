@@ -1,5 +1,6 @@
 """Native operators with their fake kernels and gradients."""
 
+from stamp_fast.ops.masked_conv2d import masked_conv2d
 from stamp_fast.ops.pack_weights import pack_weights
 
-__all__ = ["pack_weights"]
+__all__ = ["masked_conv2d", "pack_weights"]
