@@ -40,6 +40,15 @@ def _autotuned(kernel):
 
 
 @triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "widened":  # the interpreter would multiply the bits of bfloat16
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _weight_tile(
     w_ptr, rows_ptr, cols_ptr, scale_ptr, o, c, c_out, c_in, stride_o, stride_c, offset,
     HAS_ROWS: tl.constexpr, HAS_COLS: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -103,20 +112,21 @@ def _forward_kernel_body(
     oh = (m // OW) % OH
     n = (m // OW) // OH
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for kh in range(KH):
-        ih = oh * stride_h - pad_h + kh * dil_h
-        for kw in range(KW):
-            iw = ow * stride_w - pad_w + kw * dil_w
-            inside = (m_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W))[:, None]
-            at = (((n.to(tl.int64) * H + ih) * W + iw) * c_in)[:, None]
-            for c0 in range(0, c_in, BK):
-                c = c0 + tl.arange(0, BK)
-                x = _input_tile(x_ptr, at, c[None, :], c_in, inside, norm_scale_ptr, norm_shift_ptr, NORM)
-                w = _weight_tile(
-                    w_ptr, rows_ptr, cols_ptr, scale_ptr, o, c[:, None], c_out, c_in, w_stride_o, w_stride_c,
-                    kh * w_stride_h + kw * w_stride_w, HAS_ROWS, HAS_COLS, HAS_SCALE,
-                )  # fmt: skip
-                acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    blocks_c = tl.cdiv(c_in, BK)
+    # One loop over taps and channels, so that loads run ahead through all of it.
+    for k in range(KH * KW * blocks_c):
+        tap = k // blocks_c
+        c = (k % blocks_c) * BK + tl.arange(0, BK)
+        ih = oh * stride_h - pad_h + (tap // KW) * dil_h
+        iw = ow * stride_w - pad_w + (tap % KW) * dil_w
+        inside = (m_ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W))[:, None]
+        at = (((n.to(tl.int64) * H + ih) * W + iw) * c_in)[:, None]
+        x = _input_tile(x_ptr, at, c[None, :], c_in, inside, norm_scale_ptr, norm_shift_ptr, NORM)
+        w = _weight_tile(
+            w_ptr, rows_ptr, cols_ptr, scale_ptr, o, c[:, None], c_out, c_in, w_stride_o, w_stride_c,
+            (tap // KW) * w_stride_h + (tap % KW) * w_stride_w, HAS_ROWS, HAS_COLS, HAS_SCALE,
+        )  # fmt: skip
+        acc = _dot(x, w, acc, PRECISION)
     o_ok = o < c_out
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o, mask=o_ok, other=0.0).to(tl.float32)
@@ -158,27 +168,32 @@ def _input_gradient_kernel_body(
     ih = ((m // rows_w) % rows_h) * stride_h + phase_h
     n = (m // rows_w) // rows_h
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for kh in range(KH):
-        from_h = phase_h + pad_h - kh * dil_h
-        for kw in range(KW):
-            from_w = phase_w + pad_w - kw * dil_w
-            if (from_h % stride_h == 0) & (from_w % stride_w == 0):
-                up_h = ih + pad_h - kh * dil_h
-                up_w = iw + pad_w - kw * dil_w
-                oh = up_h // stride_h
-                ow = up_w // stride_w
-                inside = (m_ok & (up_h >= 0) & (oh < OH) & (up_w >= 0) & (ow < OW))[:, None]
-                at = (((n.to(tl.int64) * OH + oh) * OW + ow) * c_out)[:, None]
-                for o0 in range(0, c_out, BK):
-                    o = o0 + tl.arange(0, BK)
-                    g = _gradient_tile(
-                        g_ptr, y_ptr, at, o[None, :], c_out, inside, grad_sum_ptr, grad_square_ptr, STATISTICS
-                    )
-                    w = _weight_tile(
-                        w_ptr, rows_ptr, cols_ptr, scale_ptr, o[:, None], c, c_out, c_in, w_stride_o, w_stride_c,
-                        kh * w_stride_h + kw * w_stride_w, HAS_ROWS, HAS_COLS, HAS_SCALE,
-                    )  # fmt: skip
-                    acc = tl.dot(g, w, acc, input_precision=PRECISION)
+    # Without dilation every stride-th tap meets a phase; with it all are tried, and most of them masked.
+    step_h = stride_h if dil_h == 1 else 1
+    step_w = stride_w if dil_w == 1 else 1
+    first_h = (phase_h + pad_h) % step_h
+    first_w = (phase_w + pad_w) % step_w
+    taps_h = (KH - first_h + step_h - 1) // step_h
+    taps_w = (KW - first_w + step_w - 1) // step_w
+    blocks_o = tl.cdiv(c_out, BK)
+    for k in range(taps_h * taps_w * blocks_o):
+        tap = k // blocks_o
+        kh = first_h + (tap // taps_w) * step_h
+        kw = first_w + (tap % taps_w) * step_w
+        o = (k % blocks_o) * BK + tl.arange(0, BK)
+        up_h = ih + pad_h - kh * dil_h
+        up_w = iw + pad_w - kw * dil_w
+        oh = up_h // stride_h
+        ow = up_w // stride_w
+        met = (up_h % stride_h == 0) & (up_w % stride_w == 0)
+        inside = (m_ok & met & (up_h >= 0) & (oh < OH) & (up_w >= 0) & (ow < OW))[:, None]
+        at = (((n.to(tl.int64) * OH + oh) * OW + ow) * c_out)[:, None]
+        g = _gradient_tile(g_ptr, y_ptr, at, o[None, :], c_out, inside, grad_sum_ptr, grad_square_ptr, STATISTICS)
+        w = _weight_tile(
+            w_ptr, rows_ptr, cols_ptr, scale_ptr, o[:, None], c, c_out, c_in, w_stride_o, w_stride_c,
+            kh * w_stride_h + kw * w_stride_w, HAS_ROWS, HAS_COLS, HAS_SCALE,
+        )  # fmt: skip
+        acc = _dot(g, w, acc, PRECISION)
     to = (((n.to(tl.int64) * H + ih) * W + iw) * c_in)[:, None] + c
     c_ok = c < c_in
     stored = m_ok[:, None] & c_ok
@@ -228,7 +243,7 @@ def _weight_gradient_kernel_body(
             g_ptr, y_ptr, m.to(tl.int64)[:, None] * c_out, o[None, :], c_out, m_ok[:, None], grad_sum_ptr,
             grad_square_ptr, STATISTICS,
         )  # fmt: skip
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        acc = _dot(tl.trans(g), x, acc, PRECISION)
     # [split, o, tap, c]
     taps = tl.num_programs(1)
     to = ((split.to(tl.int64) * c_out + o[:, None]) * taps + tap) * c_in + c
@@ -257,6 +272,8 @@ class Problem:
             raise ValueError(f"masked_conv2d: at most 2^31 - 1 positions, got {self.positions}")
         # float32 as the user lets cuDNN multiply it
         self.precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        if interpreted() and input.dtype == torch.bfloat16:
+            self.precision = "widened"
         taps = self.kernel[0] * self.kernel[1]
         self.family = taps << 24
         for place, size in enumerate((self.positions, self.c_in, self.c_out)):
