@@ -18,4 +18,8 @@ STABLE_TORCH_LIBRARY(stamp_fast, m) {
       "Tensor? rows, Tensor? cols, Tensor? scale, Tensor? norm_scale, Tensor? norm_shift, SymInt[] stride, "
       "SymInt[] padding, SymInt[] dilation, SymInt groups, bool[] need, str backend) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
+  m.def("norm_relu(Tensor input, Tensor scale, Tensor shift, Tensor? residual, str backend) -> Tensor");
+  m.def(
+      "norm_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor scale, bool residual, str backend) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -53,12 +52,6 @@ def _no_triton(device: str, dtype: torch.dtype) -> str | None:
         return "needs the package triton"
     if dtype not in _TRITON_DTYPES:
         return f"takes float32, bfloat16 and float16, got {dtype}"
-    if device == "cuda" or interpreted():
+    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"takes CUDA tensors, got one on {device} (TRITON_INTERPRET=1 interprets the kernels)"
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Triton's kernels run on the CPU: the environment said so when they were first needed."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

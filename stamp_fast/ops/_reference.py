@@ -83,3 +83,9 @@ def masked_conv2d(
         return output, None
     wide = output.to(torch.promote_types(output.dtype, torch.float32))
     return output, torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+
+
+def norm_relu(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    """See `stamp_fast.ops.norm_relu`."""
+    value = input.to(scale.dtype) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    return (value if residual is None else value + residual).relu().to(input.dtype)
