@@ -14,9 +14,9 @@ Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 backend: Backend = "auto"
-"""What operators that are not told otherwise take. "auto": the fastest that the tensors' device has; "reference": plain
-PyTorch; "cpu": C++, and oneDNN through ATen; "cuda": CUDA C++, and cuDNN through ATen; "triton": Triton, on CPU tensors
-in its interpreter, for tests (TRITON_INTERPRET=1)."""
+"""What operators that are not told otherwise take. "auto": native code for the tensors' device; "reference": plain
+PyTorch; "cpu": C++, and oneDNN through ATen; "cuda": CUDA C++, and cuDNN through ATen; "triton": Triton where there is
+a kernel, on CPU tensors in its interpreter, for tests (TRITON_INTERPRET=1), else as "auto"."""
 
 ran: dict[str, str] = {}
 """By operator, the implementation that ran last."""

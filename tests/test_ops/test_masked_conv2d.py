@@ -73,7 +73,9 @@ CASES = {
     "stride": Case(stride=2, cols=4, parts="norm statistics residual", last=False),
     "stride and dilation": Case(stride=2, dilation=2, padding=2, size=(7, 5), parts="norm scale"),
     "stride, 1 x 1": Case(kernel=(1, 1), stride=2, padding=0, rows=12, parts="norm bias"),
-    "1 x 1": Case(channels=63, filters=40, images=1, kernel=(1, 1), padding=0, rows=33, cols=17, parts="scale statistics"),
+    "1 x 1": Case(
+        channels=63, filters=40, images=1, kernel=(1, 1), padding=0, rows=33, cols=17, parts="scale statistics"
+    ),
     "one channel": Case(channels=1, filters=1, images=1, kernel=(5, 5), padding=2, parts="bias"),
     "unlike sides": Case(kernel=(1, 5), padding=(0, 2), size=(2, 9), rows=7),
     "more than a block": Case(images=1, channels=23, filters=19, size=(6, 7), rows=18, cols=17),
