@@ -294,3 +294,17 @@ def test_reference_is_what_the_docstring_says(assert_close):
     assert_close(output, expected, check_stride=False)
     assert_close(sums, torch.stack([expected.sum((0, 2, 3)), expected.square().sum((0, 2, 3))]))
     assert _reference.masked_conv2d(case["input"], case["weight"][:, :2], *[None] * 7)[1] is None
+
+
+def test_addresses_beyond_two_to_the_31():
+    """A corner of an input of 2^31.6 elements: memory that nobody touches is never there."""
+    side, device = 32768, "cuda" if GPU else "cpu"
+    torch.use_deterministic_algorithms(False)  # it would fill the tensor
+    x = torch.empty((1, 3, side, side), dtype=torch.float16, device=device, memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    x[:, :, -1, -1] = torch.tensor([1.0, 2.0, 3.0])
+    x[:, :, 0, 0] = x[:, :, -1, 0] = x[:, :, 0, -1] = 1
+    weight = torch.randn(2, 3, 1, 1).half().to(device)
+    output = masked_conv2d(x, weight, stride=side - 1, backend="triton")
+    expected = torch.einsum("nchw,oc->nohw", x[:, :, :: side - 1, :: side - 1].float(), weight[:, :, 0, 0].float())
+    torch.testing.assert_close(output.float(), expected, rtol=1e-2, atol=1e-2)
