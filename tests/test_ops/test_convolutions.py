@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from test_ops.test_masked_conv2d import needs_triton
 from torch import nn
 
 import stamp_fast
 from stamp_fast import Budget, config, importance, trace
 from stamp_fast.ops import convolutions
+
+pytestmark = needs_triton
 
 
 class Net(nn.Module):
