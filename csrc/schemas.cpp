@@ -8,4 +8,18 @@ STABLE_TORCH_LIBRARY(stamp_fast, m) {
       "pack_weights_backward(Tensor[] grads, Tensor[] tensors, Tensor[] rows, Tensor[] cols, Tensor[] "
       "scales, "
       "bool[] need_tensors, bool[] need_scales) -> (Tensor[], Tensor[])");
+  // stamp_fast/ops: Triton, or packed weights and torch's own convolution
+  m.def(
+      "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? rows, Tensor? cols, Tensor? scale, "
+      "Tensor? norm_scale, Tensor? norm_shift, Tensor? residual, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, bool statistics, str backend) -> (Tensor, Tensor)");
+  m.def(
+      "masked_conv2d_backward(Tensor grad, Tensor? grad_statistics, Tensor? output, Tensor input, Tensor weight, "
+      "Tensor? rows, Tensor? cols, Tensor? scale, Tensor? norm_scale, Tensor? norm_shift, SymInt[] stride, "
+      "SymInt[] padding, SymInt[] dilation, SymInt groups, bool[] need, str backend) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  m.def("norm_relu(Tensor input, Tensor scale, Tensor shift, Tensor? residual, str backend) -> Tensor");
+  m.def(
+      "norm_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor scale, bool residual, str backend) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }

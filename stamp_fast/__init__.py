@@ -2,7 +2,7 @@
 
 from stamp_fast._load import HAS_CUDA_KERNELS
 
-from . import importance
+from . import config, importance, nn
 from .budget import Budget
 from .checkpoint import load, load_plan, save
 from .errors import (
@@ -39,9 +39,11 @@ __all__ = [
     "TraceError",
     "__version__",
     "apply_plan",
+    "config",
     "importance",
     "load",
     "load_plan",
+    "nn",
     "plan_of",
     "prune",
     "report",

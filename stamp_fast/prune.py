@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from . import config
 from ._phases import Phases, in_mode
 from .budget import Budget
 from .checks import check_arguments, check_model, check_prunable
@@ -110,6 +111,7 @@ def prune(
     rounds = 0 if method != "stamp" else 1 if generator is not None and generator.mode == "structure" else 2
     phases = Phases(progress, rounds * steps)
     before = Snapshot(network, optimizer, copy_values=True)
+    config.ran.clear()
     try:
         with phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
@@ -296,6 +298,7 @@ def _report(
         peak_memory_after=after and after.peak_bytes,
         seconds=seconds,
         equality_error=verified and verified.error,
+        backends=dict(config.ran),
         groups=groups,
         notes=notes,
     )

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import accuracy_table, data
+from benchmarks import accuracy_table, data, gpu_suite
 from benchmarks.time_to_accuracy import ARMS, MARKS, Task
 
 
@@ -129,3 +130,32 @@ def test_cifar_is_read_as_torchvision_stores_it(tmp_path, monkeypatch):
     train, test = data.target("cifar10", tmp_path)
     assert train.tensors[0].shape == (10, 3, 32, 32) and test.tensors[1].tolist() == [5, 5]
     assert test.tensors[0].unique().item() == pytest.approx(50 / 255)
+
+
+def test_gpu_suite_runs_without_a_gpu(tmp_path):
+    """That it runs, and that a row that fails does not take the others along."""
+    arguments = ["--device", "cpu", "--quick", "--no-build", "--no-tests", "--output", str(tmp_path)]
+    done = CliRunner().invoke(gpu_suite.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (result,) = tmp_path.glob("gpu-*.json")
+    found = json.loads(result.read_text())
+    assert not found["failed"] and {row["suite"] for row in found["rows"]} == {
+        "pack_weights",
+        "masked_conv2d",
+        "conv + norm + ReLU",
+        "train step",
+    }
+    text = result.with_suffix(".md").read_text()
+    assert "of the ceiling" in text and "masked, cpu" in text
+    suite = gpu_suite.Suite("cpu", True, 1)
+    suite.step("broken", lambda: 1 / 0)
+    assert suite.failed == ["broken: ZeroDivisionError: division by zero"]
+    suite.end = 0
+    suite.step("late", lambda: None)
+    assert suite.failed[1:] == ["late: out of time"]
+
+
+def test_gpu_suite_needs_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(gpu_suite.main, ["--output", str(tmp_path)])
+    assert done.exit_code == 1 and "no GPU here" in done.output and not any(tmp_path.iterdir())

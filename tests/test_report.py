@@ -23,6 +23,7 @@ REPORT = PruneReport(
     peak_memory_after=3_000_000,
     seconds={"trace": 0.25, "cut": 0.5},
     equality_error=3e-7,
+    backends={"pack_weights": "cpu"},
     groups=[
         GroupVerdict("layer1.0.a_rather_long_name_of_a_module.conv1", 64, 20, "pruned"),
         GroupVerdict("fc", 10, 10, "kept", "output of the model"),

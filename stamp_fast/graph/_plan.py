@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops import pack_weights
+from ..ops import convolutions, pack_weights
 from ._align import base_name
 from ._record import Ref
 from ._undisturbed import named_modules
@@ -64,7 +64,7 @@ class Plan:
         with torch.no_grad():
             copies = _pack([slots[i].tensor.clone() for i in buffers], [self.kept[i] for i in buffers])
         replacement = dict(zip([*parameters, *buffers], [*packed, *copies], strict=True))
-        with swapped(self, replacement):
+        with swapped(self, replacement), convolutions():
             yield
 
     def _reader_scale(self, slot: int, scale: torch.Tensor) -> tuple[int, torch.Tensor] | None:

@@ -1,5 +1,8 @@
 """Native operators with their fake kernels and gradients."""
 
+from stamp_fast.ops._convolutions import convolutions
+from stamp_fast.ops.masked_conv2d import masked_conv2d
+from stamp_fast.ops.norm_relu import norm_relu
 from stamp_fast.ops.pack_weights import pack_weights
 
-__all__ = ["pack_weights"]
+__all__ = ["convolutions", "masked_conv2d", "norm_relu", "pack_weights"]

@@ -52,3 +52,40 @@ def pack_weights_backward(
             scale_grads.append(scale.new_empty(0))
         tensor_grads.append(torch.zeros_like(tensor).index_put(place, grad))
     return tensor_grads, scale_grads
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    scale: Tensor | None,
+    norm_scale: Tensor | None,
+    norm_shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    statistics: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `stamp_fast.ops.masked_conv2d`."""
+    weight = weight if rows is None else weight[rows]
+    weight = weight if cols is None else weight[:, cols]
+    weight = weight if scale is None else weight * scale.view(1, -1, 1, 1)
+    if norm_scale is not None:
+        normalised = input.to(norm_scale.dtype) * norm_scale.view(1, -1, 1, 1) + norm_shift.view(1, -1, 1, 1)
+        input = normalised.relu().to(input.dtype)
+    output = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    output = output if residual is None else output + residual
+    if not statistics:
+        return output, None
+    wide = output.to(torch.promote_types(output.dtype, torch.float32))
+    return output, torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+
+
+def norm_relu(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    """See `stamp_fast.ops.norm_relu`."""
+    value = input.to(scale.dtype) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    return (value if residual is None else value + residual).relu().to(input.dtype)

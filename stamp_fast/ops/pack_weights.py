@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stamp_fast import _load  # noqa: F401  (registers the operators)
+from stamp_fast import (
+    _load,  # noqa: F401  (registers the operators)
+    config,
+)
 from stamp_fast.ops import _reference
+from stamp_fast.ops._backend import choose
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -16,6 +20,8 @@ def pack_weights(
     rows: Sequence[Tensor | None],
     cols: Sequence[Tensor | None],
     scales: Sequence[Tensor | None],
+    *,
+    backend: config.Backend | None = None,
 ) -> list[Tensor]:
     """Packs the live rows and columns of each tensor and scales its columns.
 
@@ -30,19 +36,25 @@ def pack_weights(
             the only choice for a tensor of one dimension.
         scales: (i,), or (o,) for a tensor of one dimension: one factor for each packed column, of the
             tensor's dtype; None or empty scales nothing.
+        backend: see `stamp_fast.config`; None: what is set there. Without the CUDA library CUDA tensors take the
+            reference.
 
     Returns:
         The packed tensors, (o, i, ...) or (o,).
 
-    Without the CUDA library (`stamp_fast._load.HAS_CUDA_KERNELS`), CUDA tensors take plain PyTorch operators.
-
     Raises:
+        ArgumentError: the backend cannot take this call.
         RuntimeError: An argument has the wrong length, shape, dtype or device, or an index is out of range
             (on CUDA the kernel is stopped by it).
     """
     tensors = list(tensors)
     if not tensors:
         return []
+    chosen = choose("pack_weights", tensors[0], backend)
+    if not torch.compiler.is_compiling():
+        config.ran["pack_weights"] = chosen
+    if chosen == "reference" and tensors[0].device.type == "cpu":
+        return _reference.pack_weights(tensors, rows, cols, scales)
     no_index = torch.empty(0, dtype=torch.int64, device=tensors[0].device)
     no_scale = {tensor.dtype: tensor.new_empty(0) for tensor in tensors}
     return torch.ops.stamp_fast.pack_weights(

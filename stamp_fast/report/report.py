@@ -51,6 +51,7 @@ class PruneReport:
         seconds: wall time of each phase.
         equality_error: largest difference between the smaller network and the masked dense one, relative, before
             statistics were recalibrated.
+        backends: by operator, the implementation that ran (`stamp_fast.config`).
         groups: a verdict for every group.
         notes: what the user should know.
     """
@@ -67,6 +68,7 @@ class PruneReport:
     peak_memory_after: int | None
     seconds: dict[str, float]
     equality_error: float | None
+    backends: dict[str, str]
     groups: list[GroupVerdict]
     notes: list[str]
 
@@ -85,6 +87,9 @@ class PruneReport:
                 console.print(f"note: {note}", soft_wrap=True)
             spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
             console.print(f"spent: {spent}", soft_wrap=True)
+            if self.backends:
+                ran = ", ".join(f"{name} on {backend}" for name, backend in sorted(self.backends.items()))
+                console.print(f"operators: {ran}", soft_wrap=True)
             if self.equality_error is not None:
                 console.print(f"smaller network = masked dense network to {self.equality_error:.1e} (relative)")
         return capture.get().rstrip()

@@ -1,0 +1,58 @@
+"""Which implementation of an operator a call takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from .. import config
+from .._load import HAS_CUDA_KERNELS
+from ..errors import ArgumentError
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(op: str, tensor: torch.Tensor, wanted: str | None, has_triton: bool = False) -> str:
+    """The backend for this tensor: never "auto".
+
+    Args:
+        has_triton: there is a Triton kernel for this very call.
+
+    Raises:
+        ArgumentError: the one that is asked for cannot take the call.
+    """
+    name = config.backend if wanted is None else wanted
+    config.check_backend(name)
+    device = tensor.device.type
+    if wanted is None and name == "triton" and not (has_triton and tensor.dtype in _TRITON_DTYPES):
+        name = "auto"  # the setting says "where there is one"
+    why_not = {
+        "reference": None,
+        "cpu": None if device == "cpu" else f"takes CPU tensors, got one on {device}",
+        "cuda": _no_cuda(device),
+        "triton": "has no kernel for this call" if not has_triton else _no_triton(device, tensor.dtype),
+    }
+    if name != "auto":
+        if why_not[name] is not None:
+            raise ArgumentError(f"{op}: backend '{name}' {why_not[name]}; use backend='auto'")
+        return name
+    # cuDNN on packed weights comes before Triton until benchmarks/gpu_suite.py has shown on a GPU which is faster.
+    return next(backend for backend in ("cpu", "cuda", "triton", "reference") if why_not[backend] is None)
+
+
+def _no_cuda(device: str) -> str | None:
+    if device != "cuda":
+        return f"takes CUDA tensors, got one on {device}"
+    return None if HAS_CUDA_KERNELS else "needs stamp_fast/_C_cuda, which is not built (STAMP_CUDA=1)"
+
+
+def _no_triton(device: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if dtype not in _TRITON_DTYPES:
+        return f"takes float32, bfloat16 and float16, got {dtype}"
+    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"takes CUDA tensors, got one on {device} (TRITON_INTERPRET=1 interprets the kernels)"

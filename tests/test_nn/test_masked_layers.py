@@ -1,0 +1,235 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from stamp_fast import ArgumentError
+from stamp_fast.nn import MaskedConv2d, MaskedConvBNReLU2d, MaskedLinear
+
+CONVS = {
+    "plain": ((6, 8, 3), {}),
+    "same": ((6, 8, (3, 5)), {"padding": "same", "bias": False}),
+    "even, same": ((6, 8, 4), {"padding": "same"}),
+    "reflect": ((6, 8, 3), {"padding": 1, "padding_mode": "reflect", "stride": 2}),
+    "dilated": ((6, 8, 3), {"dilation": 2, "padding": (2, 1)}),
+    "grouped": ((6, 8, 3), {"groups": 2, "padding": 1}),
+    "depthwise": ((6, 6, 3), {"groups": 6, "padding": 1}),
+}
+
+
+def twin(layer: nn.Module, other: nn.Module) -> nn.Module:
+    """`layer` with the state of `other`: keys and shapes are the same."""
+    layer.load_state_dict(other.state_dict(), strict=True)
+    assert layer.state_dict().keys() == other.state_dict().keys()
+    return layer
+
+
+@pytest.mark.parametrize(("args", "options"), CONVS.values(), ids=CONVS)
+def test_without_a_mask_it_is_torchs_own(args, options, assert_close):
+    plain = nn.Conv2d(*args, **options)
+    x = torch.randn(2, 6, 9, 8)
+    masked = twin(MaskedConv2d(*args, **options), plain)
+    assert_close(masked(x), plain(x))
+    assert masked.extra_repr() == plain.extra_repr()
+
+
+def sliced(conv: nn.Conv2d, x: torch.Tensor, live_in: list[int], live_out: list[int], scale: torch.Tensor):
+    weight = conv.weight[live_out][:, live_in] * scale.view(1, -1, 1, 1)
+    return torch.conv2d(x[:, live_in], weight, conv.bias[live_out], conv.stride, conv.padding, conv.dilation)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("form", ["positions", "booleans"])
+def test_masked_convolution(compact, form, assert_close):
+    conv = MaskedConv2d(6, 8, 3, padding=1)
+    live_in, live_out, scale = [1, 2, 5], [0, 3, 4, 7], torch.rand(3, requires_grad=True)
+    x = torch.randn(2, 6, 9, 8)
+    if form == "positions":
+        conv.set_mask(live_in, torch.tensor(live_out), scale)
+    else:
+        conv.set_mask([i in live_in for i in range(6)], torch.tensor([o in live_out for o in range(8)]), scale)
+    output = conv(x[:, live_in] if compact else x)
+    expected = sliced(conv, x, live_in, live_out, scale)
+    assert_close(output, expected)
+    wanted = [conv.weight, conv.bias, scale]
+    grad = torch.randn_like(output)
+    for found, known in zip(
+        torch.autograd.grad(output, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
+    ):
+        assert_close(found, known)
+    conv.set_mask()
+    assert conv(x).shape[1] == 8
+
+
+def test_masked_depthwise_convolution(assert_close):
+    conv = MaskedConv2d(6, 6, 3, groups=6, padding=1)
+    x = torch.randn(2, 6, 5, 5)
+    expected = conv(x)[:, [4, 1]]
+    conv.set_mask([4, 1], [4, 1])
+    assert_close(conv(x), expected)
+    assert_close(conv(x[:, [4, 1]]), expected)
+    for arguments in (([0], [1]), ([0], None, torch.ones(1))):
+        with pytest.raises(ArgumentError, match="depthwise"):
+            conv.set_mask(*arguments)
+    with pytest.raises(ArgumentError, match="only a depthwise convolution can be masked"):
+        MaskedConv2d(6, 6, 3, groups=2).set_mask([0])
+
+
+def test_masked_linear(assert_close):
+    layer = twin(MaskedLinear(5, 4), nn.Linear(5, 4))
+    x, scale = torch.randn(3, 2, 5), torch.rand(2)
+    assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer.set_mask([4, 0], [1, 2, 3], scale)
+    expected = nn.functional.linear(x[..., [4, 0]] * scale, layer.weight[1:, [4, 0]], layer.bias[1:])
+    assert_close(layer(x), expected)
+    assert_close(layer(x[..., [4, 0]]), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (([6],), "different positions in"),
+        (([0, 0],), "different positions in"),
+        (([True, False],), "must be 6 booleans"),
+        (([],), "at least one"),
+        (([0.5],), "positions or booleans"),
+        ((None, None, torch.ones(5)), "one factor for each of the 6"),
+    ],
+)
+def test_errors(arguments, text):
+    conv = MaskedConv2d(6, 8, 3)
+    with pytest.raises(ArgumentError, match=f"MaskedConv2d.set_mask: .*{text}"):
+        conv.set_mask(*arguments)
+    conv.set_mask([0, 1])
+    with pytest.raises(ArgumentError, match="6 channels, or the 2 live ones"):
+        conv(torch.randn(1, 5, 4, 4))
+
+
+def block(bn: nn.BatchNorm2d | None = None) -> tuple[nn.Sequential, MaskedConvBNReLU2d]:
+    plain = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, bias=False), bn or nn.BatchNorm2d(8), nn.ReLU())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    other = copy.deepcopy(plain)
+    fused = MaskedConvBNReLU2d(*other)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    return plain, fused
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "bn",
+    [
+        nn.BatchNorm2d(8),
+        nn.BatchNorm2d(8, momentum=None),
+        nn.BatchNorm2d(8, affine=False),
+        nn.BatchNorm2d(8, track_running_stats=False),
+    ],
+    ids=["usual", "cumulative", "not affine", "untracked"],
+)
+def test_fused_block_is_the_three_layers(training, bn, assert_close):
+    plain, fused = block(copy.deepcopy(bn))
+    plain.train(training), fused.train(training)
+    for _ in range(2):
+        x = torch.randn(4, 6, 5, 5, requires_grad=True)
+        output, expected = fused(x), plain(x)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        grad = torch.randn_like(output)
+        found = torch.autograd.grad(output, [x, *fused.parameters()], grad)
+        known = torch.autograd.grad(expected, [x, *plain.parameters()], grad)
+        for one, other in zip(found, known, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_block_masked_with_residual():
+    plain, fused = block()
+    live_in, live_out = [0, 2, 3], [7, 1, 4, 5]
+    fused.set_mask(live_in, live_out)
+    x, residual = torch.randn(4, 6, 5, 5), torch.randn(4, 4, 5, 5)
+    small = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    small.weight.data = plain[0].weight.data[live_out][:, live_in]
+    norm = nn.BatchNorm2d(4)
+    norm.weight.data, norm.bias.data = plain[1].weight.data[live_out], plain[1].bias.data[live_out]
+    expected = (norm(small(x[:, live_in])) + residual).relu()
+    torch.testing.assert_close(fused(x, residual), expected, rtol=1e-4, atol=1e-4)
+    # Statistics of the dead stay as they were.
+    untouched = torch.ones(8, dtype=torch.bool).index_fill(0, torch.tensor(live_out), False)
+    assert torch.equal(fused[1].running_var[untouched], torch.ones(4))
+    torch.testing.assert_close(fused[1].running_var[live_out], norm.running_var)
+
+
+def test_left_to_the_next_block(assert_close):
+    (_, first), second = block(), MaskedConvBNReLU2d(nn.Conv2d(8, 5, 3, bias=False), nn.BatchNorm2d(5))
+    x = torch.randn(4, 6, 7, 7)
+    expected = copy.deepcopy(second)(copy.deepcopy(first)(x))
+    assert_close(second(first(x, unrectified=True)), expected)
+    with pytest.raises(ArgumentError, match="residual"):
+        first(x, torch.randn(4, 8, 7, 7), unrectified=True)
+    second.set_mask([0, 1])
+    with pytest.raises(ArgumentError, match="live channels of this layer"):
+        second(first(x, unrectified=True))
+
+
+def test_wrong_parts():
+    with pytest.raises(ArgumentError, match="needs a Conv2d and a BatchNorm2d"):
+        MaskedConvBNReLU2d(nn.Linear(3, 3), nn.BatchNorm2d(3))
+    with pytest.raises(ArgumentError, match="the convolution's 4 channels, got 5"):
+        MaskedConvBNReLU2d(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5))
+
+
+def network() -> nn.Sequential:
+    net = nn.Sequential(
+        MaskedConvBNReLU2d(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)),
+        MaskedConv2d(8, 8, 3, groups=8, padding=1),
+        MaskedConv2d(8, 6, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        MaskedLinear(6, 4),
+    )
+    net[0].set_mask(None, [0, 2, 5, 6])
+    net[1].set_mask([0, 2, 5, 6], [0, 2, 5, 6])
+    net[2].set_mask([0, 2, 5, 6], [1, 3, 4])
+    net[5].set_mask([1, 3, 4])
+    return net
+
+
+def test_deepcopy_moves_and_state(assert_close):
+    net, x = network(), torch.randn(2, 3, 6, 6)
+    assert_close(copy.deepcopy(net)(x), net(x))
+    assert not [key for key in net.state_dict() if "live" in key or "scale" in key]
+    assert net.double()(x.double()).dtype == torch.float64
+    assert net.to("meta")[2].live_in.device.type == "meta"
+
+
+def test_compiles_without_a_graph_break():
+    net, x = network(), torch.randn(2, 3, 6, 6)
+    expected = copy.deepcopy(net)(x)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_exports(assert_close):
+    net, x = network().eval(), torch.randn(2, 3, 6, 6)
+    assert_close(torch.export.export(net, (x,)).module()(x), net(x))
+
+
+def test_autocast():
+    net, x = network(), torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(x)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert net[0][0].weight.grad.dtype == torch.float32
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = network()
+        parallel = nn.parallel.DistributedDataParallel(net)
+        parallel(torch.randn(2, 3, 6, 6)).sum().backward()
+        assert net[5].weight.grad[:, [0, 2, 5]].eq(0).all() and net[5].weight.grad[:, [1, 3, 4]].ne(0).any()
+    finally:
+        torch.distributed.destroy_process_group()
