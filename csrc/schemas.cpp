@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(stamp_fast, m) {
+  m.def("channel_saliency(Tensor activation, Tensor gradient, int dim) -> Tensor");
   m.def("pack_weights(Tensor[] tensors, Tensor[] rows, Tensor[] cols, Tensor[] scales) -> Tensor[]");
   m.def(
       "pack_weights_backward(Tensor[] grads, Tensor[] tensors, Tensor[] rows, Tensor[] cols, Tensor[] "

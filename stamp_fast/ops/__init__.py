@@ -1,5 +1,6 @@
 """Native operators with their fake kernels and gradients."""
 
+from stamp_fast.ops.channel_saliency import ChannelSaliency, channel_saliency
 from stamp_fast.ops.pack_weights import pack_weights
 
-__all__ = ["pack_weights"]
+__all__ = ["ChannelSaliency", "channel_saliency", "pack_weights"]

@@ -52,3 +52,27 @@ def pack_weights_backward(
             scale_grads.append(scale.new_empty(0))
         tensor_grads.append(torch.zeros_like(tensor).index_put(place, grad))
     return tensor_grads, scale_grads
+
+
+def channel_saliency(activation: Tensor, gradient: Tensor, dim: int = 1) -> Tensor:
+    """The rows of `stamp_fast.ops.ChannelSaliency`, stacked."""
+    wide = torch.promote_types(activation.dtype, torch.float32)
+    dim %= activation.ndim
+
+    def view(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(wide).unsqueeze(-1)
+        # Along dimension 0 there are no images to tell apart.
+        return (tensor.movedim(dim, 1) if dim else tensor.unsqueeze(0)).flatten(2)
+
+    a, g = view(activation), view(gradient)  # (images, channels, positions)
+    images, _, positions = a.shape
+    per_image = (a * g).sum(2)
+    count = max(images * positions, 1)
+    return torch.stack(
+        [
+            per_image.abs().sum(0),
+            per_image.square().sum(0) / 2,
+            a.sum((0, 2)) / count,
+            (a == 0).sum((0, 2)).to(wide) / count,
+        ]
+    )
