@@ -8,14 +8,13 @@
 namespace stamp_fast::cpu {
 namespace {
 
-// Sums of runs are taken in accumulator_t, sums of those in double: 32 additions each to one partial sum.
+// Sums of runs are taken in accumulator_t, sums of those in double.
 constexpr int64_t kRun = 512;
-constexpr int64_t kRowRun = 128;
+constexpr int64_t kRowRun = 64;
 // Partial sums of a run, side by side, so that the compiler can use vectors without reordering sums.
 constexpr int64_t kLanes = 16;
-// Channels whose partial sums stay in the first-level cache, and rows of them that are added at a time.
+// Channels whose partial sums stay in the first-level cache.
 constexpr int64_t kTile = 512;
-constexpr int64_t kRows = 4;
 
 struct Sums {
   double product = 0;
@@ -95,21 +94,13 @@ struct Tile {
     for (auto* sums : {product, value, zeros}) std::fill_n(sums, width, accumulator_t<T>{0});
   }
 
-  // Adds kCount rows of `width` channels, `stride` elements apart.
-  template <int64_t kCount>
-  void add(const T* activation, const T* gradient, int64_t stride, int64_t width) {
+  void add(const T* activation, const T* gradient, int64_t width) {
     using Accumulator = accumulator_t<T>;
     for (int64_t c = 0; c < width; ++c) {
-      Accumulator p = 0, v = 0, z = 0;
-      for (int64_t row = 0; row < kCount; ++row) {
-        const Accumulator a = widen(activation[row * stride + c]);
-        p += a * widen(gradient[row * stride + c]);
-        v += a;
-        z += a == 0 ? Accumulator{1} : Accumulator{0};
-      }
-      product[c] += p;
-      value[c] += v;
-      zeros[c] += z;
+      const Accumulator a = widen(activation[c]);
+      product[c] += a * widen(gradient[c]);
+      value[c] += a;
+      zeros[c] += a == 0 ? Accumulator{1} : Accumulator{0};
     }
   }
 };
@@ -121,17 +112,10 @@ void add_rows(const SaliencyInput& input, int64_t image, int64_t channel_begin, 
   for (int64_t begin = 0; begin < input.outer; begin += kRowRun) {
     const int64_t end = std::min(begin + kRowRun, input.outer);
     Tile<T> tile(width);
-    for (int64_t m = begin; m < end;) {
+    // Row after row: several at a time would save loads and stores, but outrun the hardware's prefetching.
+    for (int64_t m = begin; m < end; ++m) {
       const int64_t start = input.offset(image, channel_begin, m);
-      const T* activation = static_cast<const T*>(input.activation) + start;
-      const T* gradient = static_cast<const T*>(input.gradient) + start;
-      if (m + kRows <= end) {
-        tile.template add<kRows>(activation, gradient, input.channels, width);
-        m += kRows;
-      } else {
-        tile.template add<1>(activation, gradient, input.channels, width);
-        m += 1;
-      }
+      tile.add(static_cast<const T*>(input.activation) + start, static_cast<const T*>(input.gradient) + start, width);
     }
     for (int64_t c = 0; c < width; ++c) {
       sums.product[c] += tile.product[c];
