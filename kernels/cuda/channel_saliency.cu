@@ -15,7 +15,7 @@ constexpr int64_t kMaxBlocks = 1 << 14;
 constexpr int64_t kMinShared = 16;
 
 // Elements that one thread adds up in accumulator_t; everything longer is summed in double.
-constexpr int64_t kRun = 64;
+constexpr int64_t kRun = 32;
 
 // The positions of each (image, channel) are cut into `parts` of `step`. A count of up to 2^24 is exact in float.
 struct Params {
@@ -151,7 +151,7 @@ Params make_params(const SaliencyInput& input) {
   int64_t step = kRun * kThreads;
   if (is_lone(input)) {
     const int64_t elements = input.images * input.positions() * input.channels;
-    step = std::clamp<int64_t>(elements / kWantedThreads, kRun / 2, 4 * kRun);
+    step = std::clamp<int64_t>(elements / kWantedThreads, 2 * kRun, 8 * kRun);
   }
   return {.input = input,
           .parts = std::max<int64_t>(ceil_divide(input.positions(), step), 1),

@@ -16,6 +16,7 @@ DEVICES = [
         ),
     ),
 ]
+OP = torch.ops.stamp_fast.depthwise_conv2d.default
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = {
     "contiguous": lambda tensor: tensor,
@@ -117,16 +118,16 @@ def test_gradcheck():
 
 
 def test_opcheck():
-    forward, backward = (getattr(torch.ops.stamp_fast, "depthwise_conv2d" + name).default for name in ("", "_backward"))
+    backward = torch.ops.stamp_fast.depthwise_conv2d_backward.default
     # The backward has no backward of its own; these utilities apply to it.
     without_gradient = ("test_schema", "test_faketensor")
     for layout, (shape, filter, *numbers) in itertools.product(["contiguous", "channels_last"], CASES[:8]):
         input, weight = (tensor.detach() for tensor in make(shape, filter, torch.float32, "cpu", layout))
-        grad = torch.ones_like(forward(input, weight, *numbers))
-        torch.library.opcheck(forward, (input, weight, *numbers), test_utils=without_gradient)
+        grad = torch.ones_like(OP(input, weight, *numbers))
+        torch.library.opcheck(OP, (input, weight, *numbers), test_utils=without_gradient)
         torch.library.opcheck(backward, (grad, input, weight, *numbers, [True, True]), test_utils=without_gradient)
     shape, filter, *numbers = CASES[1]
-    torch.library.opcheck(forward, (*make(shape, filter, layout="channels_last"), *numbers))
+    torch.library.opcheck(OP, (*make(shape, filter, layout="channels_last"), *numbers))
 
 
 def test_compiles_without_graph_break(assert_close):
@@ -140,13 +141,19 @@ def test_compiles_without_graph_break(assert_close):
             assert_close(mine, wanted)
 
 
-@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(
+    "path",
+    ["default", "fake", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="no CUDA kernels"))],
+)
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"input": (3, 5, 5)}, r"input must have 4 dimensions, got shape \(3, 5, 5\)"),
-        ({"dtype": torch.int32}, "input must be float32, .* got torch.int32"),
-        ({"weight_dtype": torch.float16}, "weight must have the dtype of input, torch.float32, got torch.float16"),
+        ({"dtype": torch.int32}, "input must be float32, .* got (torch.int32|Int)"),
+        (
+            {"weight_dtype": torch.float16},
+            "weight must have the dtype of input, (torch.float32, got torch.float16|Float, got Half)",
+        ),
         ({"weight": (4, 1, 3, 3)}, r"weight must have shape \(3, 1, height, width\), got \(4, 1, 3, 3\)"),
         ({"weight": (3, 2, 3, 3)}, r"weight must have shape \(3, 1, height, width\), got \(3, 2, 3, 3\)"),
         ({"weight": (3, 1, 3)}, r"weight must have shape \(3, 1, height, width\), got \(3, 1, 3\)"),
@@ -157,14 +164,20 @@ def test_compiles_without_graph_break(assert_close):
         ({"dilation": (1, 3)}, "weight reaches over 7 elements along dimension 3 and .* padded input has, 5"),
     ],
 )
-def test_errors_name_the_argument(change, message, fake):
+def test_errors_name_the_argument(change, message, path):
     change = {"input": (2, 3, 5, 5), "weight": (3, 1, 3, 3), "dtype": torch.float32, **change}
     dtype = change.pop("dtype")
-    with torch._subclasses.FakeTensorMode() if fake else torch.no_grad():
+    with torch._subclasses.FakeTensorMode() if path == "fake" else torch.no_grad():
         input = torch.zeros(change.pop("input"), dtype=dtype)
         weight = torch.zeros(change.pop("weight"), dtype=change.pop("weight_dtype", dtype))
+        numbers = [change.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        pairs = [number if isinstance(number, tuple) else (number, number) for number in numbers]
         with pytest.raises(RuntimeError, match=f"depthwise_conv2d: {message}"):
-            depthwise_conv2d(input, weight, **change)
+            if path == "cuda":
+                # The checks of the CUDA front end come before anything that needs a GPU.
+                OP.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), input, weight, *pairs)
+            else:
+                OP(input, weight, *pairs)
 
 
 def test_backward_checks_the_gradient():
