@@ -73,7 +73,7 @@ void add_planes(const SaliencyInput& input, int64_t image, int64_t channel_begin
   for (int64_t c = channel_begin; c < channel_end; ++c) {
     Sums sums;
     for (int64_t m = 0; m < input.outer; ++m) {
-      const int64_t start = input.offset(image, c, m * input.inner);
+      const int64_t start = ((image * input.outer + m) * input.channels + c) * input.inner;
       for (int64_t k = 0; k < input.inner; k += kRun) {
         add_run(static_cast<const T*>(input.activation) + start + k, static_cast<const T*>(input.gradient) + start + k,
                 std::min(kRun, input.inner - k), sums);

@@ -115,6 +115,8 @@ void check_shapes() {
   check<T>(3, 1, 0, 9);
   check<T>(3, 1, 4, 0);
   check<T>(3, 0, 4, 1);
+  check<T>(3, 2, 4, 0);
+  check<T>(3, 0, 4, 2);
 }
 
 void check_long_sums() {

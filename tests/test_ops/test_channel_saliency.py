@@ -107,7 +107,7 @@ def test_equals_reference(dtype, device, assert_close):
 @pytest.mark.parametrize(
     "shape", [(0, 5, 3, 3), (4, 0, 3, 3), (4, 5, 0, 3), (4, 5, 3, 0), (0, 5), (4, 0), (0,)], ids=str
 )
-@pytest.mark.parametrize("dim", [0, -1, 1])
+@pytest.mark.parametrize("dim", [0, -1, 1, 2])
 def test_nothing_sums_to_zero(shape, dim, device):
     if dim >= len(shape):
         return
