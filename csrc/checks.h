@@ -25,11 +25,28 @@ inline std::string shape_text(const torch::stable::Tensor& tensor) {
   return text.str();
 }
 
+inline std::string device_text(const torch::stable::Tensor& tensor) {
+  return (tensor.is_cuda() ? "cuda:" : "cpu:") + std::to_string(tensor.get_device_index());
+}
+
 inline void check_same_device(const char* op, const std::string& name, const torch::stable::Tensor& tensor,
-                              const torch::stable::Tensor& first) {
+                              const char* first_name, const torch::stable::Tensor& first) {
   SF_CHECK(tensor.is_cuda() == first.is_cuda() && tensor.get_device_index() == first.get_device_index(), op, name,
-           " must be on the device of tensors[0], ", first.is_cuda() ? "cuda:" : "cpu:", first.get_device_index(),
-           ", got ", tensor.is_cuda() ? "cuda:" : "cpu:", tensor.get_device_index());
+           " must be on the device of ", first_name, ", ", device_text(first), ", got ", device_text(tensor));
+}
+
+inline void check_float(const char* op, const std::string& name, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const auto dtype = tensor.scalar_type();
+  SF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+               dtype == ScalarType::Half,
+           op, name, " must be float32, float64, bfloat16 or float16, got ", dtype);
+}
+
+inline void check_same_dtype(const char* op, const std::string& name, const torch::stable::Tensor& tensor,
+                             const std::string& first_name, const torch::stable::Tensor& first) {
+  SF_CHECK(tensor.scalar_type() == first.scalar_type(), op, name, " must have the dtype of ", first_name, ", ",
+           first.scalar_type(), ", got ", tensor.scalar_type());
 }
 
 }  // namespace stamp_fast

@@ -3,20 +3,17 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "csrc/checks.h"
+#include "csrc/tensors.h"
 #include "kernels/pack_weights.h"
 
 namespace stamp_fast {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
 struct PackLayout {
@@ -33,31 +30,6 @@ struct PackLayout {
   int64_t packed_row_size() const { return outer * cols * inner; }
 };
 
-// True where the dimensions after the first lie in memory as in a dense tensor of this format. Strides of
-// dimensions of size 1 count only under `exact`.
-inline bool rows_are_dense(const Tensor& tensor, MemoryFormat format, bool exact) {
-  int64_t expected = 1;
-  const auto matches = [&](int64_t dim) {
-    const bool same = tensor.stride(dim) == expected || (!exact && tensor.size(dim) == 1);
-    expected *= tensor.size(dim);
-    return same;
-  };
-  const bool channels_last = format != MemoryFormat::Contiguous;
-  if (channels_last && !matches(1)) return false;
-  for (int64_t dim = tensor.dim() - 1; dim > (channels_last ? 1 : 0); --dim) {
-    if (!matches(dim)) return false;
-  }
-  return true;
-}
-
-// The memory format that the packed tensor keeps. Ambiguous strides (1x1 kernels) count as contiguous.
-inline MemoryFormat memory_format(const Tensor& tensor) {
-  if (tensor.dim() != 4 && tensor.dim() != 5) return MemoryFormat::Contiguous;
-  const auto last = tensor.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-  const bool is_last = rows_are_dense(tensor, last, true) && !rows_are_dense(tensor, MemoryFormat::Contiguous, true);
-  return is_last ? last : MemoryFormat::Contiguous;
-}
-
 inline std::optional<Tensor> contiguous_or_none(const Tensor& tensor) {
   if (tensor.numel() == 0) return std::nullopt;
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -71,19 +43,16 @@ inline Tensor with_dense_rows(const Tensor& tensor, MemoryFormat format) {
 
 inline PackLayout make_layout(const char* op, size_t i, const Tensor& tensor, const Tensor& rows, const Tensor& cols,
                               const Tensor& scale, const Tensor& first) {
-  const auto dtype = tensor.scalar_type();
   SF_CHECK(tensor.dim() >= 1, op, item_name("tensors", i), " must have at least 1 dimension, got 0");
-  SF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-               dtype == ScalarType::Half,
-           op, item_name("tensors", i), " must be float32, float64, bfloat16 or float16, got ", dtype);
-  check_same_device(op, item_name("tensors", i), tensor, first);
+  check_float(op, item_name("tensors", i), tensor);
+  check_same_device(op, item_name("tensors", i), tensor, "tensors[0]", first);
 
   const std::pair<const char*, const Tensor*> indices[] = {{"rows", &rows}, {"cols", &cols}};
   for (const auto& [name, index] : indices) {
     SF_CHECK(index->dim() == 1, op, item_name(name, i), " must have 1 dimension, got shape ", shape_text(*index));
     SF_CHECK(index->scalar_type() == ScalarType::Long, op, item_name(name, i), " must be int64, got ",
              index->scalar_type());
-    check_same_device(op, item_name(name, i), *index, first);
+    check_same_device(op, item_name(name, i), *index, "tensors[0]", first);
   }
   const bool vector = tensor.dim() == 1;
   SF_CHECK(!vector || cols.numel() == 0, op, item_name("cols", i), " must be empty for a tensor of 1 dimension, got ",
@@ -109,11 +78,10 @@ inline PackLayout make_layout(const char* op, size_t i, const Tensor& tensor, co
   if (!vector) layout.row_index = contiguous_or_none(rows);
 
   SF_CHECK(scale.dim() == 1, op, item_name("scales", i), " must have 1 dimension, got shape ", shape_text(scale));
-  SF_CHECK(scale.scalar_type() == dtype, op, item_name("scales", i), " must have the dtype of ",
-           item_name("tensors", i), ", ", dtype, ", got ", scale.scalar_type());
+  check_same_dtype(op, item_name("scales", i), scale, item_name("tensors", i), tensor);
   SF_CHECK(scale.numel() == 0 || scale.numel() == layout.cols, op, item_name("scales", i), " must have ", layout.cols,
            " elements, one for each packed ", vector ? "row" : "column", ", got ", scale.numel());
-  check_same_device(op, item_name("scales", i), scale, first);
+  check_same_device(op, item_name("scales", i), scale, "tensors[0]", first);
   layout.scale = contiguous_or_none(scale);
   return layout;
 }
@@ -145,10 +113,8 @@ inline TensorList make_grads(const char* op, const TensorList& grads, const std:
     const auto sizes = grads[i].sizes();
     SF_CHECK(std::vector<int64_t>(sizes.begin(), sizes.end()) == layout.packed_sizes, op, item_name("grads", i),
              " must have the shape of the packed tensor, got ", shape_text(grads[i]));
-    SF_CHECK(grads[i].scalar_type() == layout.dense.scalar_type(), op, item_name("grads", i),
-             " must have the dtype of ", item_name("tensors", i), ", ", layout.dense.scalar_type(), ", got ",
-             grads[i].scalar_type());
-    check_same_device(op, item_name("grads", i), grads[i], layouts[0].dense);
+    check_same_dtype(op, item_name("grads", i), grads[i], item_name("tensors", i), layout.dense);
+    check_same_device(op, item_name("grads", i), grads[i], "tensors[0]", layouts[0].dense);
     out.push_back(torch::stable::contiguous(grads[i], layout.format));
   }
   return out;
@@ -162,20 +128,9 @@ inline void check_needs(const char* op, size_t length, const std::vector<bool>& 
            need_scales.size());
 }
 
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, MemoryFormat format) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
 inline Tensor new_dense(const PackLayout& layout) {
   const auto sizes = layout.dense.sizes();
   return new_empty(layout.dense, {sizes.begin(), sizes.end()}, layout.format);
-}
-
-inline DType kernel_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::Double) return DType::kFloat64;
-  if (dtype == ScalarType::BFloat16) return DType::kBFloat16;
-  if (dtype == ScalarType::Half) return DType::kFloat16;
-  return DType::kFloat32;
 }
 
 inline const int64_t* index_pointer(const std::optional<Tensor>& index) {
@@ -196,8 +151,5 @@ inline PackItem kernel_item(const PackLayout& layout) {
           .col_index = index_pointer(layout.col_index),
           .scale = layout.scale ? layout.scale->const_data_ptr() : nullptr};
 }
-
-// Stands for "no gradient": autograd turns it into None.
-inline Tensor new_absent(const Tensor& like) { return new_empty(like, {0}, MemoryFormat::Contiguous); }
 
 }  // namespace stamp_fast

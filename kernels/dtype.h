@@ -46,8 +46,9 @@ SF_HOST_DEVICE inline float widen(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   // Multiplying by 2^112 rebiases the exponent and normalises subnormals in one exact step.
   const float scaled = bit_copy<float>(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7f800000u;
-  return bit_copy<float>(sign | (magnitude >= 0x0f800000u ? special : bit_copy<uint32_t>(scaled)));
+  // Infinity and NaN keep their mantissa. A mask, because compilers do not vectorise the choice.
+  const uint32_t special = 0u - static_cast<uint32_t>(magnitude >= 0x0f800000u);
+  return bit_copy<float>(sign | (bit_copy<uint32_t>(scaled) & ~special) | ((magnitude | 0x7f800000u) & special));
 }
 
 template <typename T>
@@ -81,7 +82,10 @@ SF_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-// Calls function(T{}) with the C++ type of `dtype`.
+// Calls function(T{}) with the C++ type of `dtype`. Without the pragma nvcc refuses functions for the host alone.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
 template <typename Function>
 SF_HOST_DEVICE void with_type(DType dtype, const Function& function) {
   switch (dtype) {

@@ -105,6 +105,7 @@ def nvcc() -> str | None:
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", sorted((ROOT / "kernels" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
-def test_cuda_kernels_compile(source, tmp_path):
-    flags = ["-std=c++20", "-Werror", "all-warnings", "-arch=sm_90", "-I", ROOT]
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_cuda_kernels_compile(source, architecture, tmp_path):
+    flags = ["-std=c++20", "-Werror", "all-warnings", f"-arch={architecture}", "-I", ROOT]
     run(nvcc(), *flags, "-c", source, "-o", tmp_path / "kernel.o", cwd=tmp_path)

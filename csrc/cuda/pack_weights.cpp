@@ -1,23 +1,16 @@
 #include "csrc/pack_weights.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
 #include <tuple>
 
+#include "csrc/cuda/stream.h"
 #include "kernels/cuda/pack_weights.h"
 
 namespace stamp_fast {
 namespace {
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 void check_row_size(const char* op, size_t i, int64_t size) {
   SF_CHECK(size < cuda::kMaxRowSize, op, item_name("tensors", i), " must have rows of fewer than 2^31 elements, got ",

@@ -1,9 +1,10 @@
-// What the kernels need of CUDA. Under SF_EMULATE_CUDA the same names run a kernel on the host, block after
-// block and thread after thread, so that its logic is tested where there is no GPU. That suffices for kernels
-// whose threads do not wait for one another.
+// What the kernels need of CUDA. Under SF_EMULATE_CUDA the same names run a kernel on the host, block after block, so
+// that its logic is tested where there is no GPU. There the kernel is called once per block: what differs from thread
+// to thread stands inside the loops of kernels/cuda/block.h, and the rest is the same for every thread of a block.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #ifndef SF_EMULATE_CUDA
 
@@ -15,9 +16,11 @@
 
 namespace stamp_fast::cuda {
 
+// `threads` is a multiple of 32.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream, const Params& params) {
   if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(params);
   return cudaGetLastError();
 }
@@ -42,7 +45,7 @@ enum cudaError_t { cudaSuccess = 0 };
 struct EmulatedIndex {
   unsigned x;
 };
-inline EmulatedIndex blockIdx, threadIdx, blockDim;
+inline EmulatedIndex blockIdx, threadIdx, blockDim, gridDim;
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
@@ -53,10 +56,9 @@ namespace stamp_fast::cuda {
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t, const Params& params) {
+  gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(params);
-  }
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) kernel(params);
   return cudaSuccess;
 }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "kernels/cuda/block.h"
 #include "kernels/cuda/pack_weights.h"
 #include "kernels/dtype.h"
 
@@ -7,7 +8,7 @@ namespace stamp_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kElementsPerBlock = 2048;
+constexpr uint32_t kElementsPerBlock = 2048;
 // Rows that one thread adds up for the gradient of a scale, and the most parts that a tensor is cut into.
 constexpr int64_t kRowsPerPart = 32;
 constexpr int64_t kMaxParts = 64;
@@ -54,21 +55,6 @@ cudaError_t launch_batches(void (*kernel)(Batch<Item>), const std::vector<Item>&
 
 int64_t blocks_for(int64_t elements) { return (elements + kElementsPerBlock - 1) / kElementsPerBlock; }
 
-// Calls function(row, offset in the row) for the elements of this block, neighbouring threads side by side.
-// Only the block's start needs 64-bit division.
-template <typename Function>
-__device__ void for_elements(uint32_t block, int64_t rows, int64_t row_size, const Function& function) {
-  const int64_t start = static_cast<int64_t>(block) * kElementsPerBlock;
-  const int64_t first_row = start / row_size;
-  const auto first = static_cast<uint32_t>(start - first_row * row_size);
-  const auto size = static_cast<uint32_t>(row_size);
-  for (uint32_t t = threadIdx.x; t < kElementsPerBlock; t += blockDim.x) {
-    const int64_t row = first_row + (first + t) / size;
-    if (row >= rows) return;
-    function(row, (first + t) % size);
-  }
-}
-
 __device__ int64_t checked(const int64_t* index, int64_t position, int64_t size) {
   const int64_t value = index ? index[position] : position;
   if (value < 0 || value >= size) SF_TRAP();
@@ -86,7 +72,7 @@ __device__ void pack_block(const ForwardItem& item, uint32_t block) {
   const auto inner = static_cast<uint32_t>(layout.inner);
   const auto plane = static_cast<uint32_t>(layout.cols) * inner;
   const int64_t row_size = layout.outer * plane;
-  for_elements(block, layout.rows, row_size, [&](int64_t row, uint32_t offset) {
+  for_elements(block, kElementsPerBlock, layout.rows, row_size, [&](int64_t row, uint32_t offset) {
     const uint32_t m = offset / plane;
     const uint32_t within = offset % plane;
     const uint32_t col = within / inner;
@@ -111,7 +97,7 @@ __global__ void invert_kernel(const __grid_constant__ Batch<BackwardItem> batch)
   uint32_t block;
   const BackwardItem& item = find_item(batch, &block);
   const PackItem& layout = item.layout;
-  for_elements(block, 1, layout.rows + layout.cols, [&](int64_t, uint32_t offset) {
+  for_elements(block, kElementsPerBlock, 1, layout.rows + layout.cols, [&](int64_t, uint32_t offset) {
     if (offset < layout.rows) {
       item.packed_row[checked(layout.row_index, offset, layout.dense_rows)] = static_cast<int32_t>(offset);
     } else {
@@ -127,7 +113,7 @@ __device__ void scatter_block(const BackwardItem& item, uint32_t block) {
   const auto inner = static_cast<uint32_t>(layout.inner);
   const auto dense_plane = static_cast<uint32_t>(layout.dense_cols) * inner;
   const int64_t row_size = layout.outer * dense_plane;
-  for_elements(block, layout.dense_rows, row_size, [&](int64_t dense_row, uint32_t offset) {
+  for_elements(block, kElementsPerBlock, layout.dense_rows, row_size, [&](int64_t dense_row, uint32_t offset) {
     const uint32_t m = offset / dense_plane;
     const uint32_t within = offset % dense_plane;
     const int64_t row = item.packed_row[dense_row];
@@ -164,7 +150,7 @@ __device__ void scale_sums_block(const BackwardItem& item, uint32_t block) {
   const PackItem& layout = item.layout;
   const int64_t plane = layout.cols * layout.inner;
   const int64_t step = rows_per_part(layout);
-  for_elements(block, parts_of(layout), plane, [&](int64_t part, uint32_t offset) {
+  for_elements(block, kElementsPerBlock, parts_of(layout), plane, [&](int64_t part, uint32_t offset) {
     const int64_t col = offset / layout.inner;
     const int64_t dense_col = checked(layout.col_index, col, layout.dense_cols);
     const int64_t dense_offset = dense_col * layout.inner + offset % layout.inner;
@@ -192,7 +178,7 @@ template <typename T>
 __device__ void scale_grad_block(const BackwardItem& item, uint32_t block) {
   const PackItem& layout = item.layout;
   const auto* sums = static_cast<const accumulator_t<T>*>(item.scale_sums);
-  for_elements(block, 1, layout.cols, [&](int64_t, uint32_t col) {
+  for_elements(block, kElementsPerBlock, 1, layout.cols, [&](int64_t, uint32_t col) {
     accumulator_t<T> total = 0;
     for (int64_t part = 0; part < parts_of(layout); ++part) {
       for (int64_t k = 0; k < layout.inner; ++k) total += sums[(part * layout.cols + col) * layout.inner + k];

@@ -56,3 +56,9 @@ def _no_triton(device: str, dtype: torch.dtype) -> str | None:
     if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"takes CUDA tensors, got one on {device} (TRITON_INTERPRET=1 interprets the kernels)"
+
+
+def note(op: str, backend: str) -> None:
+    """Says in `config.ran` which one runs; a compiler that traces the call runs none."""
+    if not torch.compiler.is_compiling():
+        config.ran[op] = backend

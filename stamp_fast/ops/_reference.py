@@ -89,3 +89,48 @@ def norm_relu(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | No
     """See `stamp_fast.ops.norm_relu`."""
     value = input.to(scale.dtype) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
     return (value if residual is None else value + residual).relu().to(input.dtype)
+
+
+def channel_saliency(activation: Tensor, gradient: Tensor, dim: int = 1) -> Tensor:
+    """The rows of `stamp_fast.ops.ChannelSaliency`, stacked."""
+    wide = torch.promote_types(activation.dtype, torch.float32)
+    dim %= activation.ndim
+
+    def view(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(wide).unsqueeze(-1)
+        # Along dimension 0 there are no images to tell apart.
+        return (tensor.movedim(dim, 1) if dim else tensor.unsqueeze(0)).flatten(2)
+
+    a, g = view(activation), view(gradient)  # (images, channels, positions)
+    images, _, positions = a.shape
+    per_image = (a * g).sum(2)
+    count = max(images * positions, 1)
+    return torch.stack(
+        [
+            per_image.abs().sum(0),
+            per_image.square().sum(0) / 2,
+            a.sum((0, 2)) / count,
+            (a == 0).sum((0, 2)).to(wide) / count,
+        ]
+    )
+
+
+def depthwise_conv2d(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """See `stamp_fast.ops.depthwise_conv2d`; differentiable by PyTorch's own means."""
+    channels, _, filter_height, filter_width = weight.shape
+    padded = torch.nn.functional.pad(input, (padding[1], padding[1], padding[0], padding[0]))
+    height, width = (
+        (padded.shape[2 + i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    output = input.new_zeros(input.shape[0], channels, height, width)
+    for j in range(filter_height):
+        for i in range(filter_width):
+            y, x = j * dilation[0], i * dilation[1]
+            rows, columns = (
+                slice(y, y + (height - 1) * stride[0] + 1, stride[0]),
+                slice(x, x + (width - 1) * stride[1] + 1, stride[1]),
+            )
+            output = output + padded[:, :, rows, columns] * weight[:, 0, j, i].view(1, -1, 1, 1)
+    return output

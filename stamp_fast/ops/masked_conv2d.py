@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import config
-from ..errors import ArgumentError
 from . import _reference
 from ._backend import choose
-from .pack_weights import _memory_format, pack_weights
+from ._tensors import memory_format, pair
+from .pack_weights import pack_weights
 
 Pair = int | Sequence[int]
 _NAME = "stamp_fast::masked_conv2d"
@@ -67,11 +67,11 @@ def masked_conv2d(
     elif scale is not None:
         scale = scale.to(weight.dtype)
     chosen = choose("masked_conv2d", input, backend, has_triton=groups == 1)
-    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    moves = [pair("masked_conv2d", *m) for m in (("stride", stride), ("padding", padding), ("dilation", dilation))]
     norm_scale, norm_shift = (None, None) if norm is None else norm
     output, sums = torch.ops.stamp_fast.masked_conv2d(
         input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual,
-        stride, padding, dilation, groups, statistics, chosen,
+        *moves, groups, statistics, chosen,
     )  # fmt: skip
     return (output, sums) if statistics else output
 
@@ -79,13 +79,6 @@ def masked_conv2d(
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     # Autocast leaves float64 as it is.
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-def _pair(name: str, value: Pair) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2:
-        raise ArgumentError(f"masked_conv2d: {name} must be one number or two, got {value!r}")
-    return pair
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -105,8 +98,8 @@ def _checked_shape(
     _check(input.ndim == 4, f"input must have 4 dimensions, got {tuple(input.shape)}")
     _check(weight.ndim == 4, f"weight must have 4 dimensions, got {tuple(weight.shape)}")
     _check(input.is_floating_point(), f"input must be of a floating-point dtype, got {input.dtype}")
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        _check(len(pair) == 2 and all(v >= least for v in pair), f"{name} must be two numbers >= {least}, got {pair}")
+    for name, two, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        _check(len(two) == 2 and all(v >= least for v in two), f"{name} must be two numbers >= {least}, got {two}")
     out = weight.shape[0] if rows is None else rows.numel()
     inner = weight.shape[1] if cols is None else cols.numel()
     _check(groups >= 1 and out % groups == 0, f"groups must divide the {out} live output channels, got {groups}")
@@ -147,7 +140,7 @@ def _(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual,
         input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual, stride, padding, dilation, groups
     )
     sums = input.new_empty((2, shape[1]) if statistics else 0, dtype=_wide(input.dtype))
-    return input.new_empty(shape).to(memory_format=_memory_format(input)), sums
+    return input.new_empty(shape).to(memory_format=memory_format(input)), sums
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -169,13 +162,17 @@ def _forward(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, res
     elif backend == "reference":
         output, sums = _reference.masked_conv2d(input, weight, *fused, *moves, groups, statistics)
     else:
-        packed = _packed(weight, rows, cols, scale)
-        output = torch.conv2d(_normalised(input, norm_scale, norm_shift), packed, bias, *moves, groups)
+        packed, read = _packed(weight, rows, cols, scale), _normalised(input, norm_scale, norm_shift)
+        if _depthwise(packed, groups):
+            output = torch.ops.stamp_fast.depthwise_conv2d(read, packed, *moves)
+            output = output if bias is None else output + bias.view(1, -1, 1, 1)
+        else:
+            output = torch.conv2d(read, packed, bias, *moves, groups)
         if residual is not None:
             output += residual
         sums = _sums(output) if statistics else None
     sums = input.new_empty(0, dtype=_wide(input.dtype)) if sums is None else sums
-    return output.contiguous(memory_format=_memory_format(input)), sums
+    return output.contiguous(memory_format=memory_format(input)), sums
 
 
 def _check_indices(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
@@ -193,7 +190,12 @@ def _channels_last(tensor: Tensor) -> Tensor:
 def _packed(weight: Tensor, rows: Tensor | None, cols: Tensor | None, scale: Tensor | None) -> Tensor:
     if rows is None and cols is None and scale is None:
         return weight
-    return pack_weights([weight], [rows], [cols], [scale])[0]
+    return pack_weights([weight], [rows], [cols], [scale], backend="auto")[0]
+
+
+def _depthwise(packed: Tensor, groups: int) -> bool:
+    """One filter a channel: those have kernels of their own on CUDA."""
+    return groups > 1 and packed.shape[0] == groups and packed.shape[1] == 1
 
 
 def _normalised(input: Tensor, norm_scale: Tensor | None, norm_shift: Tensor | None) -> Tensor:
@@ -217,7 +219,7 @@ def _(grad, grad_statistics, output, input, weight, rows, cols, scale, norm_scal
         if not wanted:
             return input.new_empty(0)
         result = torch.empty_like(like, memory_format=torch.contiguous_format)
-        return result.to(memory_format=_memory_format(like)) if keeps_format else result
+        return result.to(memory_format=memory_format(like)) if keeps_format else result
 
     return (
         empty(need[0], input),
@@ -226,7 +228,7 @@ def _(grad, grad_statistics, output, input, weight, rows, cols, scale, norm_scal
         empty(need[3], scale),
         empty(need[4], norm_scale),
         empty(need[5], norm_shift),
-        input.new_empty(grad.shape).to(memory_format=_memory_format(input)) if need[6] else input.new_empty(0),
+        input.new_empty(grad.shape).to(memory_format=memory_format(input)) if need[6] else input.new_empty(0),
     )
 
 
@@ -260,10 +262,13 @@ def _backward(grad, grad_statistics, output, input, weight, rows, cols, scale, n
     else:
         packed = _packed(weight, rows, cols, scale)
         read = _normalised(input, norm_scale, norm_shift)
-        zeros = [0, 0]
-        d_read, d_packed, _ = torch.ops.aten.convolution_backward(
-            whole, read, packed, None, *moves, False, zeros, groups, [need_input, need_weight, False]
-        )
+        wanted = [need_input, need_weight]
+        if _depthwise(packed, groups):
+            d_read, d_packed = torch.ops.stamp_fast.depthwise_conv2d_backward(whole, read, packed, *moves, wanted)
+        else:
+            d_read, d_packed, _ = torch.ops.aten.convolution_backward(
+                whole, read, packed, None, *moves, False, [0, 0], groups, [*wanted, False]
+            )
         d_input, d_norm = d_read, None
         if need_input and normed:
             passed = torch.where(read > 0, d_read, 0).to(_wide(input.dtype))
@@ -273,13 +278,13 @@ def _backward(grad, grad_statistics, output, input, weight, rows, cols, scale, n
     if need_weight:
         d_weight, d_scale = _unpacked(d_packed, weight, rows, cols, scale, need[1], need[3])
     return (
-        d_input.contiguous(memory_format=_memory_format(input)) if need[0] else absent,
+        d_input.contiguous(memory_format=memory_format(input)) if need[0] else absent,
         d_weight,
         whole.sum((0, 2, 3)) if need[2] else absent,
         d_scale,
         d_norm[0] if need[4] else absent,
         d_norm[1] if need[5] else absent,
-        _fresh(whole, grad).contiguous(memory_format=_memory_format(input)) if need[6] else absent,
+        _fresh(whole, grad).contiguous(memory_format=memory_format(input)) if need[6] else absent,
     )
 
 
@@ -290,7 +295,7 @@ def _fresh(tensor: Tensor, argument: Tensor) -> Tensor:
 
 def _unpacked(grad, weight, rows, cols, scale, need_weight: bool, need_scale: bool) -> tuple[Tensor, Tensor]:
     """Gradients of the dense weight and of the scale from that of the packed weight."""
-    grad = grad.contiguous(memory_format=_memory_format(weight))
+    grad = grad.contiguous(memory_format=memory_format(weight))
     absent = weight.new_empty(0)
     if rows is None and cols is None and scale is None:
         return grad, absent

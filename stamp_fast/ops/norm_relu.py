@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import config
 from . import _reference
 from ._backend import choose
-from .pack_weights import _memory_format
+from ._tensors import memory_format
 
 _NAME = "stamp_fast::norm_relu"
 
@@ -60,7 +60,7 @@ def _check(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None)
 def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
     if not wanted:
         return tensor.new_empty(0)
-    return tensor.new_empty(tensor.shape).to(memory_format=_memory_format(tensor))
+    return tensor.new_empty(tensor.shape).to(memory_format=memory_format(tensor))
 
 
 @torch.library.register_fake(_NAME)
@@ -84,12 +84,12 @@ def _forward(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | Non
         output = kernels.norm_relu(last[0], scale.contiguous(), shift.contiguous(), last[1])
     else:
         output = _reference.norm_relu(input, scale, shift, residual)
-    return output.contiguous(memory_format=_memory_format(input))
+    return output.contiguous(memory_format=memory_format(input))
 
 
 def _backward(grad: Tensor, output: Tensor, input: Tensor, scale: Tensor, residual: bool, backend: str) -> tuple:
     config.ran["norm_relu_backward"] = backend
-    form = _memory_format(input)
+    form = memory_format(input)
     if backend == "triton":
         from ..kernels.triton import norm_relu as kernels
 

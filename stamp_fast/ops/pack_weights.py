@@ -5,14 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stamp_fast import (
-    _load,  # noqa: F401  (registers the operators)
-    config,
-)
+from stamp_fast import _load, config  # noqa: F401  (_load registers the operators)
 from stamp_fast.ops import _reference
-from stamp_fast.ops._backend import choose
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from stamp_fast.ops._backend import choose, note
+from stamp_fast.ops._tensors import check_float, check_same_dtype, new_empty
 
 
 def pack_weights(
@@ -51,9 +47,8 @@ def pack_weights(
     if not tensors:
         return []
     chosen = choose("pack_weights", tensors[0], backend)
-    if not torch.compiler.is_compiling():
-        config.ran["pack_weights"] = chosen
-    if chosen == "reference" and tensors[0].device.type == "cpu":
+    note("pack_weights", chosen)
+    if chosen == "reference":
         return _reference.pack_weights(tensors, rows, cols, scales)
     no_index = torch.empty(0, dtype=torch.int64, device=tensors[0].device)
     no_scale = {tensor.dtype: tensor.new_empty(0) for tensor in tensors}
@@ -63,30 +58,6 @@ def pack_weights(
         [no_index if index is None else index for index in cols],
         [no_scale[tensor.dtype] if scale is None else scale for tensor, scale in zip(tensors, scales, strict=True)],
     )
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """The format that the native code keeps: csrc/pack_weights.h, `memory_format`."""
-    if tensor.ndim not in (4, 5):
-        return torch.contiguous_format
-    size, stride = tensor.shape, tensor.stride()
-    dims = range(tensor.ndim - 1, 1, -1)
-
-    def dense(order: Sequence[int]) -> bool:
-        expected = 1
-        for dim in order:
-            if stride[dim] != expected:
-                return False
-            expected *= size[dim]
-        return True
-
-    if not dense([1, *dims]) or dense([*dims, 1]):
-        return torch.contiguous_format
-    return torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
-
-
-def _empty(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_memory_format(tensor))
 
 
 def _check_length(name: str, got: int, wanted: int) -> None:
@@ -100,12 +71,9 @@ def _check_index(name: str, index: Tensor) -> None:
 
 def _packed_shape(i: int, tensor: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> list[int]:
     """Shape of packed tensor `i`, with the checks of csrc/pack_weights.h that need no data."""
-    ndim, dtype = tensor.ndim, tensor.dtype
+    ndim = tensor.ndim
     torch._check(ndim >= 1, lambda: f"pack_weights: tensors[{i}] must have at least 1 dimension, got 0")
-    torch._check(
-        dtype in _DTYPES,
-        lambda: f"pack_weights: tensors[{i}] must be float32, float64, bfloat16 or float16, got {dtype}",
-    )
+    check_float("pack_weights", f"tensors[{i}]", tensor)
     _check_index(f"rows[{i}]", row)
     _check_index(f"cols[{i}]", col)
     torch._check(
@@ -122,10 +90,7 @@ def _packed_shape(i: int, tensor: Tensor, row: Tensor, col: Tensor, scale: Tenso
         scale.ndim == 1 and scale.numel() in (0, wanted),
         lambda: f"pack_weights: scales[{i}] must have {wanted} elements, got {tuple(scale.shape)}",
     )
-    torch._check(
-        scale.dtype == dtype,
-        lambda: f"pack_weights: scales[{i}] must have the dtype of tensors[{i}], {dtype}, got {scale.dtype}",
-    )
+    check_same_dtype("pack_weights", f"scales[{i}]", scale, f"tensors[{i}]", tensor)
     return shape
 
 
@@ -134,7 +99,7 @@ def _(tensors: list[Tensor], rows: list[Tensor], cols: list[Tensor], scales: lis
     for name, arguments in (("rows", rows), ("cols", cols), ("scales", scales)):
         _check_length(name, len(arguments), len(tensors))
     items = zip(tensors, rows, cols, scales, strict=True)
-    return [_empty(item[0], _packed_shape(i, *item)) for i, item in enumerate(items)]
+    return [new_empty(item[0], _packed_shape(i, *item)) for i, item in enumerate(items)]
 
 
 @torch.library.register_fake("stamp_fast::pack_weights_backward")
@@ -148,7 +113,7 @@ def _(
     need_scales: list[bool],
 ) -> tuple[list[Tensor], list[Tensor]]:
     tensor_grads = [
-        _empty(tensor, tensor.shape) if need else tensor.new_empty(0)
+        new_empty(tensor, tensor.shape) if need else tensor.new_empty(0)
         for tensor, need in zip(tensors, need_tensors, strict=True)
     ]
     scale_grads = [scale.new_empty(scale.shape if need else 0) for scale, need in zip(scales, need_scales, strict=True)]
@@ -161,7 +126,7 @@ def _(tensors: list[Tensor], rows: list[Tensor], cols: list[Tensor], scales: lis
     items = zip(tensors, rows, cols, scales, strict=True)
     shapes = [_packed_shape(i, *item) for i, item in enumerate(items)]
     packed = _reference.pack_weights(tensors, rows, cols, scales)
-    outputs = [_empty(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+    outputs = [new_empty(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)]
     return [output.copy_(values) for output, values in zip(outputs, packed, strict=True)]
 
 
@@ -178,7 +143,7 @@ def _(
     tensor_grads, scale_grads = _reference.pack_weights_backward(grads, tensors, rows, cols, scales)
     return (
         [
-            _empty(tensor, tensor.shape).copy_(grad) if need else tensor.new_empty(0)
+            new_empty(tensor, tensor.shape).copy_(grad) if need else tensor.new_empty(0)
             for tensor, grad, need in zip(tensors, tensor_grads, need_tensors, strict=True)
         ],
         [grad if need else grad.new_empty(0) for grad, need in zip(scale_grads, need_scales, strict=True)],

@@ -8,6 +8,7 @@
 #include "kernels/cpu/pack_weights.h"
 #include "kernels/cuda/pack_weights.h"
 #include "tests/cpp/check.h"
+#include "tests/cpp/values.h"
 
 namespace {
 
@@ -17,24 +18,7 @@ using stamp_fast::narrow;
 using stamp_fast::PackItem;
 using stamp_fast::widen;
 
-std::mt19937 generator(0);
 bool ascending = false;  // the kept positions; some kernels take these otherwise
-
-template <typename T>
-constexpr DType dtype_of() {
-  if constexpr (std::is_same_v<T, double>) return DType::kFloat64;
-  if constexpr (std::is_same_v<T, stamp_fast::BFloat16>) return DType::kBFloat16;
-  if constexpr (std::is_same_v<T, stamp_fast::Float16>) return DType::kFloat16;
-  return DType::kFloat32;
-}
-
-template <typename T>
-std::vector<T> random_values(int64_t count) {
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  std::vector<T> values(static_cast<size_t>(count));
-  for (auto& value : values) value = narrow<T>(uniform(generator));
-  return values;
-}
 
 std::vector<int64_t> random_index(int64_t size, int64_t kept) {
   std::vector<int64_t> index(static_cast<size_t>(size));
