@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from stamp_fast import Budget, config, importance, trace
 from stamp_fast.nn import MaskedConvBNReLU2d
-from stamp_fast.ops import masked_conv2d, pack_weights
+from stamp_fast.ops import channel_saliency, depthwise_conv2d, masked_conv2d, pack_weights
 
 from .machine import machine_info
 from .networks import cifar_resnet18
@@ -181,6 +181,37 @@ def convolutions(suite: Suite) -> None:
         suite.add("masked_conv2d", name, suite.in_turns(contestants), bound="product", work=work, of=first)
 
 
+def depthwise(suite: Suite) -> None:
+    """MobileNetV2's shapes, forward and backward, against PyTorch's."""
+    for channels, size, stride in [(16, 8, 1)] if suite.quick else [(96, 112, 2), (144, 56, 1), (384, 14, 1)]:
+        x = _leaf(suite.batch, channels, size, size, device=suite.device)
+        w = _leaf(channels, 1, 3, 3, device=suite.device)
+        moves = {"stride": stride, "padding": 1}
+        contestants = {
+            "PyTorch": _both_ways(lambda x=x, w=w, m=moves: F.conv2d(x, w, groups=x.shape[1], **m), [x, w]),
+            "stamp_fast": _both_ways(lambda x=x, w=w, m=moves: depthwise_conv2d(x, w, **m), [x, w]),
+        }
+        # Read: input twice, gradient twice; written: output and the input's gradient.
+        work = 3 * x.nbytes + 3 * x.nbytes // stride**2
+        name = f"{channels}, 3 x 3, stride {stride}, {size} px"
+        taken = suite.in_turns(contestants)
+        suite.add("depthwise_conv2d", name, taken, bound="copy", work=work, of="stamp_fast")
+
+
+def saliency(suite: Suite) -> None:
+    """One pass over activation and gradient, against plain PyTorch's several."""
+    for channels, size in [(16, 8)] if suite.quick else [(256, 56), (512, 28), (2048, 7)]:
+        shape = (suite.batch, channels, size, size)
+        a, g = (_leaf(*shape, device=suite.device).detach().relu_() for _ in range(2))
+        contestants = {
+            "PyTorch": lambda a=a, g=g: channel_saliency(a, g, backend="reference"),
+            "stamp_fast": lambda a=a, g=g: channel_saliency(a, g),
+        }
+        name = f"{channels}, {size} px"
+        taken = suite.in_turns(contestants)
+        suite.add("channel_saliency", name, taken, bound="copy", work=2 * a.nbytes, of="stamp_fast")
+
+
 def blocks(suite: Suite) -> None:
     """Convolution, batch norm, ReLU on compact shapes: fused, against torch.compile and eager."""
     for c, o, k, s, size in suite.shapes:
@@ -327,7 +358,7 @@ def main(device: str, quick: bool, build: bool, tests: bool, minutes: float, out
         found["tests"] = _run([sys.executable, "-m", "pytest", "-q", "-x", *_TESTS])
         click.echo(f"tests: {found['tests']}")
     found["ceilings"] = ceilings(suite)
-    for step in (packing, convolutions, blocks, networks):
+    for step in (packing, saliency, convolutions, depthwise, blocks, networks):
         suite.step(step.__name__, lambda step=step: step(suite))
     found |= {"rows": suite.rows, "failed": suite.failed}
     name = re.sub(r"[^a-z0-9]+", "-", f"gpu-{machine.get('gpu') or machine['cpu']}".lower()).strip("-")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stamp_fast.ops import _reference, pack_weights
+from stamp_fast.ops import _reference, channel_saliency, pack_weights
 
 from .timing import Contestant, Ratio, in_turns
 
@@ -98,6 +98,18 @@ def backward(dtype: torch.dtype, layout: torch.memory_format, scaled: bool) -> C
     )
 
 
+def saliency(dtype: torch.dtype, layout: torch.memory_format) -> Case:
+    """Reads an activation and its gradient once."""
+    a, g = (torch.randn(64, 128, 56, 56).to(dtype, memory_format=layout) for _ in range(2))
+    return Case(
+        native=lambda: channel_saliency(a, g),
+        reference=lambda: channel_saliency(a, g, backend="reference"),
+        tolerance=1e-4,
+        moved=[a.nbytes, g.nbytes],
+        lines=[a.nbytes, g.nbytes],
+    )
+
+
 CASES = {
     f"pack_weights {direction.__name__}, {dtype}, {layout}{', scaled' if scaled else ''}".replace("torch.", ""): (
         direction,
@@ -107,6 +119,10 @@ CASES = {
     for dtype in (torch.float32, torch.bfloat16)
     for layout in (torch.contiguous_format, torch.channels_last)
     for scaled in (False, True)
+} | {
+    f"channel_saliency, {dtype}, {layout}".replace("torch.", ""): (saliency, (dtype, layout))
+    for dtype in (torch.float32, torch.bfloat16)
+    for layout in (torch.contiguous_format, torch.channels_last)
 }
 
 

@@ -141,7 +141,9 @@ def test_gpu_suite_runs_without_a_gpu(tmp_path):
     found = json.loads(result.read_text())
     assert not found["failed"] and {row["suite"] for row in found["rows"]} == {
         "pack_weights",
+        "channel_saliency",
         "masked_conv2d",
+        "depthwise_conv2d",
         "conv + norm + ReLU",
         "train step",
     }
