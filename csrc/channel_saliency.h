@@ -26,7 +26,7 @@ inline SaliencyTensors saliency_tensors(const Tensor& activation, const Tensor& 
   check_float(kOp, "activation", activation);
   SF_CHECK(dims >= 1, kOp, "activation must have at least 1 dimension, got 0");
   check_same_dtype(kOp, "gradient", gradient, "activation", activation);
-  SF_CHECK(gradient.sizes() == activation.sizes(), kOp, "gradient must have the shape of activation, ",
+  SF_CHECK(same_shape(gradient, activation), kOp, "gradient must have the shape of activation, ",
            shape_text(activation), ", got ", shape_text(gradient));
   check_same_device(kOp, "gradient", gradient, "activation", activation);
   SF_CHECK(dim >= -dims && dim < dims, kOp, "dim must lie in [", -dims, ", ", dims, "), got ", dim);

@@ -17,6 +17,14 @@ inline std::string item_name(const char* list, size_t index) {
   return std::string(list) + "[" + std::to_string(index) + "]";
 }
 
+inline bool same_shape(const torch::stable::Tensor& one, const torch::stable::Tensor& other) {
+  if (one.dim() != other.dim()) return false;
+  for (int64_t d = 0; d < one.dim(); ++d) {
+    if (one.size(d) != other.size(d)) return false;
+  }
+  return true;
+}
+
 inline std::string shape_text(const torch::stable::Tensor& tensor) {
   std::ostringstream text;
   text << "(";

@@ -2,7 +2,8 @@
 
 A weight stays dense: `rows` and `cols` say which of its channels live, `scale` multiplies the columns. The input may be
 normalised and rectified as it is read (x * norm_scale + norm_shift, then ReLU; the padding stays zero), and sums of the
-output and of its squares, which a batch norm needs, come out of the same pass. Sums are float32, in a fixed order.
+output and of its squares, which a batch norm needs, come out of the same pass. Sums are float32 within a block and
+float64 over the blocks, in a fixed order.
 """
 
 from collections.abc import Callable
@@ -137,10 +138,14 @@ def _forward_kernel_body(
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + to, y, mask=stored)
     if STATISTICS:
+        # Squares about the block's own mean: float32 then does where the mean is far larger than the deviation.
         value = tl.where(stored, y.to(tl.float32), 0.0)
+        total = tl.sum(value, 0)[None, :]
+        mean = total / tl.minimum(positions - pid_m * BM, BM).to(tl.float32)
+        away = tl.where(stored, value - mean, 0.0)
         place = partial_ptr + pid_m.to(tl.int64) * 2 * c_out + o
-        tl.store(place, tl.sum(value, 0)[None, :], mask=o_ok)
-        tl.store(place + c_out, tl.sum(value * value, 0)[None, :], mask=o_ok)
+        tl.store(place, total, mask=o_ok)
+        tl.store(place + c_out, tl.sum(away * away, 0)[None, :], mask=o_ok)
 
 
 @triton.jit(do_not_specialize=["family"])
@@ -302,16 +307,24 @@ def _partial_sums(positions: int, phases: int, channels: int, like: torch.Tensor
     return torch.empty((blocks, 2, channels), dtype=torch.float32, device=like.device)
 
 
-def _total(partial: torch.Tensor, positions: int, phases: int, grid: _Grid) -> torch.Tensor:
-    """Over the blocks of the configuration that ran last; what others have left behind them is not among them."""
-    return partial[: phases * triton.cdiv(positions, grid.positions_per_block)].sum(0)
+def _written(partial: torch.Tensor, positions: int, phases: int, grid: _Grid) -> torch.Tensor:
+    """Those of the configuration that ran last, in float64; what others have left behind them is not among them."""
+    return partial[: phases * triton.cdiv(positions, grid.positions_per_block)].double()
+
+
+def _sums(partial: torch.Tensor, positions: int, grid: _Grid) -> torch.Tensor:
+    """Of the output and of its squares, from the blocks' sums and squares about their means."""
+    total, away = _written(partial, positions, 1, grid).unbind(1)  # [blocks, c_out]
+    sizes = torch.full((len(total), 1), grid.positions_per_block, dtype=torch.float64, device=partial.device)
+    sizes[-1] = positions - (len(total) - 1) * grid.positions_per_block
+    return torch.stack([total.sum(0), (away + total.square() / sizes).sum(0)])
 
 
 def masked_conv2d(p: Problem, input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual, statistics):
-    """The output [images, c_out, OH, OW], channels_last, and float32 [2, c_out]: sums of it and of its squares."""
+    """The output [images, c_out, OH, OW], channels_last, and float64 [2, c_out]: sums of it and of its squares."""
     shape = (p.images, p.c_out, p.OH, p.OW)
     y = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
-    sums = torch.zeros((2, p.c_out), dtype=torch.float32, device=input.device) if statistics else None
+    sums = torch.zeros((2, p.c_out), dtype=torch.float64, device=input.device) if statistics else None
     if y.numel() == 0:
         return y, sums
     partial = _partial_sums(p.positions, 1, p.c_out, input) if statistics else None
@@ -323,7 +336,7 @@ def masked_conv2d(p: Problem, input, weight, bias, rows, cols, scale, norm_scale
         HAS_COLS=cols is not None, HAS_SCALE=scale is not None, NORM=norm_scale is not None,
         RESIDUAL=residual is not None, STATISTICS=statistics, PRECISION=p.precision,
     )  # fmt: skip
-    return y, _total(partial, p.positions, 1, grid) if statistics else None
+    return y, _sums(partial, p.positions, grid) if statistics else None
 
 
 def input_gradient(p: Problem, grad, y, grad_statistics, input, weight, rows, cols, scale, norm_scale, norm_shift):
@@ -343,7 +356,7 @@ def input_gradient(p: Problem, grad, y, grad_statistics, input, weight, rows, co
         KH=p.kernel[0], KW=p.kernel[1], HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
         HAS_SCALE=scale is not None, NORM=norm, STATISTICS=one is not None, PRECISION=p.precision,
     )  # fmt: skip
-    return dx, _total(partial, largest, phases, grid) if norm else None
+    return dx, _written(partial, largest, phases, grid).sum(0).float() if norm else None
 
 
 def weight_gradient(p: Problem, grad, y, grad_statistics, input, norm_scale, norm_shift):

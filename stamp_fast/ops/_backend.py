@@ -11,6 +11,7 @@ from .. import config
 from .._load import HAS_CUDA_KERNELS
 from ..errors import ArgumentError
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not imported before it is needed
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,21 +26,28 @@ def choose(op: str, tensor: torch.Tensor, wanted: str | None, has_triton: bool =
     """
     name = config.backend if wanted is None else wanted
     config.check_backend(name)
-    device = tensor.device.type
     if wanted is None and name == "triton" and not (has_triton and tensor.dtype in _TRITON_DTYPES):
         name = "auto"  # the setting says "where there is one"
-    why_not = {
-        "reference": None,
-        "cpu": None if device == "cpu" else f"takes CPU tensors, got one on {device}",
-        "cuda": _no_cuda(device),
-        "triton": "has no kernel for this call" if not has_triton else _no_triton(device, tensor.dtype),
-    }
-    if name != "auto":
-        if why_not[name] is not None:
-            raise ArgumentError(f"{op}: backend '{name}' {why_not[name]}; use backend='auto'")
-        return name
-    # cuDNN on packed weights comes before Triton until benchmarks/gpu_suite.py has shown on a GPU which is faster.
-    return next(backend for backend in ("cpu", "cuda", "triton", "reference") if why_not[backend] is None)
+    if name == "auto":
+        # cuDNN on packed weights comes before Triton until benchmarks/gpu_suite.py has shown on a GPU which is faster.
+        order = ("cpu", "cuda", "triton", "reference")
+        return next(backend for backend in order if _obstacle(backend, tensor, has_triton) is None)
+    obstacle = _obstacle(name, tensor, has_triton)
+    if obstacle is not None:
+        raise ArgumentError(f"{op}: backend '{name}' {obstacle}; use backend='auto'")
+    return name
+
+
+def _obstacle(backend: str, tensor: torch.Tensor, has_triton: bool) -> str | None:
+    """Why this backend cannot take the call; None: it can."""
+    device = tensor.device.type
+    if backend == "cpu":
+        return None if device == "cpu" else f"takes CPU tensors, got one on {device}"
+    if backend == "cuda":
+        return _no_cuda(device)
+    if backend == "triton":
+        return _no_triton(device, tensor.dtype) if has_triton else "has no kernel for this call"
+    return None
 
 
 def _no_cuda(device: str) -> str | None:
@@ -49,7 +57,7 @@ def _no_cuda(device: str) -> str | None:
 
 
 def _no_triton(device: str, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "needs the package triton"
     if dtype not in _TRITON_DTYPES:
         return f"takes float32, bfloat16 and float16, got {dtype}"

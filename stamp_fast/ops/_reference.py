@@ -81,7 +81,7 @@ def masked_conv2d(
     output = output if residual is None else output + residual
     if not statistics:
         return output, None
-    wide = output.to(torch.promote_types(output.dtype, torch.float32))
+    wide = output.double()
     return output, torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
 
 

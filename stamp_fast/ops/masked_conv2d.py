@@ -51,11 +51,12 @@ def masked_conv2d(
             and rectified as it is read. The padding is zero after that. None: the input is read as it is.
         residual: (n, o, h', w'), added to the output.
         groups: of the live channels.
-        statistics: also return the sums over the output and over its squares.
+        statistics: also return the sums over the output and over its squares, in float64: a variance made of the two
+            loses digits where the mean is far larger than the deviation.
         backend: see `stamp_fast.config`; None: what is set there.
 
     Returns:
-        (n, o, h', w'), with `statistics` and (2, o) of float32 (float64 for float64).
+        (n, o, h', w'), with `statistics` and (2, o) of float64.
 
     Raises:
         ArgumentError: the backend cannot take this call.
@@ -139,7 +140,7 @@ def _(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual,
     shape = _checked_shape(
         input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual, stride, padding, dilation, groups
     )
-    sums = input.new_empty((2, shape[1]) if statistics else 0, dtype=_wide(input.dtype))
+    sums = input.new_empty((2, shape[1]) if statistics else 0, dtype=torch.float64)
     return input.new_empty(shape).to(memory_format=memory_format(input)), sums
 
 
@@ -171,7 +172,7 @@ def _forward(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, res
         if residual is not None:
             output += residual
         sums = _sums(output) if statistics else None
-    sums = input.new_empty(0, dtype=_wide(input.dtype)) if sums is None else sums
+    sums = input.new_empty(0, dtype=torch.float64) if sums is None else sums
     return output.contiguous(memory_format=memory_format(input)), sums
 
 
@@ -206,8 +207,8 @@ def _normalised(input: Tensor, norm_scale: Tensor | None, norm_shift: Tensor | N
 
 
 def _sums(output: Tensor) -> Tensor:
-    wide = output.to(_wide(output.dtype))
-    return torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+    squares = output.to(_wide(output.dtype)).square()
+    return torch.stack([part.sum((0, 2, 3), dtype=torch.float64) for part in (output, squares)])
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -237,6 +238,8 @@ def _backward(grad, grad_statistics, output, input, weight, rows, cols, scale, n
     config.ran["masked_conv2d_backward"] = backend
     moves = (stride, padding, dilation)
     absent = input.new_empty(0)
+    if grad_statistics is not None:
+        grad_statistics = grad_statistics.to(_wide(input.dtype))
     whole = None  # the gradient, with what comes through the statistics
     if grad_statistics is None:
         whole = grad

@@ -2,11 +2,13 @@ import copy
 
 import pytest
 import torch
+from test_ops.test_masked_conv2d import needs_triton
 from torch import nn
 
-from stamp_fast import ArgumentError
+from stamp_fast import ArgumentError, config
 from stamp_fast.nn import MaskedConv2d, MaskedConvBNReLU2d, MaskedLinear
 
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
 CONVS = {
     "plain": ((6, 8, 3), {}),
     "same": ((6, 8, (3, 5)), {"padding": "same", "bias": False}),
@@ -142,6 +144,17 @@ def test_fused_block_is_the_three_layers(training, bn, assert_close):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
+def test_fused_block_where_the_mean_is_far_larger_than_the_deviation(backend):
+    plain = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    plain[0].bias.data = torch.tensor([0.0, 100.0, -300.0])
+    fused = MaskedConvBNReLU2d(*copy.deepcopy(plain)).to(GPU if backend == "triton" else "cpu")
+    x = torch.randn(8, 2, 16, 16)
+    with config.use_backend(backend):
+        output = fused(x.to(fused[0].weight.device)).cpu()
+    torch.testing.assert_close(output, plain(x), rtol=0, atol=2e-3)  # with float32 sums 0.016
 
 
 def test_fused_block_masked_with_residual():
