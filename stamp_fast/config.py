@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from .errors import ArgumentError
 
-__all__ = ["BACKENDS", "Backend", "backend", "ran", "use_backend"]
+__all__ = ["BACKENDS", "Backend", "backend", "ran", "recording", "use_backend"]
 
 Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -36,6 +36,19 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         backend = before
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """`ran`, with what runs inside alone; afterwards it holds what it held before, too."""
+    before = dict(ran)
+    ran.clear()
+    try:
+        yield ran
+    finally:
+        inside = dict(ran)
+        ran.clear()
+        ran.update(before | inside)
 
 
 def check_backend(name: str) -> None:

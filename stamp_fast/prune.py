@@ -111,9 +111,8 @@ def prune(
     rounds = 0 if method != "stamp" else 1 if generator is not None and generator.mode == "structure" else 2
     phases = Phases(progress, rounds * steps)
     before = Snapshot(network, optimizer, copy_values=True)
-    config.ran.clear()
     try:
-        with phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
+        with config.recording() as ran, phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             with phases("trace"), in_mode(network, training=False):
@@ -154,11 +153,12 @@ def prune(
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
                 costs = _measured(dense, network, batches.first, loss_fn)
+            backends = dict(ran)
     except BaseException:
         before.restore()
         raise
     groups = verdicts(graph, kept, round_to, ranked.floor)
-    _reports[network] = _report(graph, kept, groups, method, budget, costs, verified, phases.seconds)
+    _reports[network] = _report(graph, kept, groups, method, budget, costs, verified, phases.seconds, backends)
     return model
 
 
@@ -275,6 +275,7 @@ def _report(
     costs: Any,
     verified: Verification | None,
     seconds: dict,
+    backends: dict[str, str],
 ) -> PruneReport:
     notes = []
     if costs is None:
@@ -298,7 +299,7 @@ def _report(
         peak_memory_after=after and after.peak_bytes,
         seconds=seconds,
         equality_error=verified and verified.error,
-        backends=dict(config.ran),
+        backends=backends,
         groups=groups,
         notes=notes,
     )

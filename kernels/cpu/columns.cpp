@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 
 // Columns apart cannot be gathered by plain loops as fast as memory delivers them: with half of the columns of large
 // bfloat16 weights kept, the loop takes 1.6 times as long as AVX-512's compress instructions.

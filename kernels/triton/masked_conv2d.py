@@ -17,7 +17,7 @@ _CONFIGS = [
     triton.Config({"BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3),
     triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
     triton.Config({"BM": 128, "BN": 64, "BK": 32}, num_warps=4, num_stages=4),
-    triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=8, num_stages=3),
     triton.Config({"BM": 64, "BN": 128, "BK": 32}, num_warps=4, num_stages=4),
     triton.Config({"BM": 64, "BN": 64, "BK": 32}, num_warps=4, num_stages=4),
     triton.Config({"BM": 128, "BN": 32, "BK": 32}, num_warps=4, num_stages=4),
@@ -37,7 +37,10 @@ def _autotuned(kernel):
     """Tries the configurations once for each family of shapes; Triton keeps the answers on disk."""
     if not isinstance(kernel, triton.JITFunction):  # the interpreter has nothing to choose
         return triton.autotune([triton.Config({"BM": 32, "BN": 16, "BK": 16})], key=[])(kernel)
-    return triton.autotune(_CONFIGS, key=["family"], cache_results=True)(kernel)
+    # What decides about time and shared memory: a configuration that fits one set of flags may not fit another.
+    flags = {"stride_h", "dil_h", "NORM", "STATISTICS", "RESIDUAL", "HAS_ROWS", "HAS_COLS", "HAS_SCALE", "PRECISION"}
+    key = ["family", *sorted(flags.intersection(kernel.arg_names))]
+    return triton.autotune(_CONFIGS, key=key, cache_results=True)(kernel)
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def _input_tile(x_ptr, at, c, c_in, inside, norm_scale_ptr, norm_shift_ptr, NORM
     if NORM:
         s = tl.load(norm_scale_ptr + c, mask=c_ok, other=0.0)
         t = tl.load(norm_shift_ptr + c, mask=c_ok, other=0.0)
-        value = tl.maximum(x.to(tl.float32) * s + t, 0.0)
+        value = tl.maximum(x.to(tl.float32) * s + t, 0.0, propagate_nan=tl.PropagateNan.ALL)
         x = tl.where(inside & c_ok, value, 0.0).to(x.dtype)
     return x
 
@@ -206,7 +209,7 @@ def _input_gradient_kernel_body(
         s = tl.load(norm_scale_ptr + c, mask=c_ok, other=0.0)
         t = tl.load(norm_shift_ptr + c, mask=c_ok, other=0.0)
         x = tl.load(x_ptr + to, mask=stored, other=0.0).to(tl.float32)
-        acc = tl.where(stored & (x * s + t > 0), acc, 0.0)
+        acc = tl.where(stored & ~(x * s + t <= 0), acc, 0.0)  # NaN passes
         place = partial_ptr + (phase.to(tl.int64) * (tl.num_programs(0) // blocks_c) + pid_m) * 2 * c_in + c
         tl.store(place, tl.sum(acc * x, 0)[None, :], mask=c_ok)
         tl.store(place + c_in, tl.sum(acc, 0)[None, :], mask=c_ok)
@@ -260,6 +263,13 @@ _input_gradient_kernel = _autotuned(_input_gradient_kernel_body)
 _weight_gradient_kernel = _autotuned(_weight_gradient_kernel_body)
 
 
+def _tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the newer setting was used
+        return torch.backends.cudnn.conv.fp32_precision != "ieee"
+
+
 class Problem:
     """Sizes and strides of one convolution; input and gradients are channels_last."""
 
@@ -275,10 +285,11 @@ class Problem:
         self.positions = self.images * self.OH * self.OW
         if max(self.positions, self.images * self.H * self.W) >= 2**31:
             raise ValueError(f"masked_conv2d: at most 2^31 - 1 positions, got {self.positions}")
-        # float32 as the user lets cuDNN multiply it
-        self.precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        self.precision = "ieee"
         if interpreted() and input.dtype == torch.bfloat16:
             self.precision = "widened"
+        elif input.dtype == torch.float32:  # as the user lets cuDNN multiply it
+            self.precision = "tf32" if _tf32() else "ieee"
         taps = self.kernel[0] * self.kernel[1]
         self.family = taps << 24
         for place, size in enumerate((self.positions, self.c_in, self.c_out)):

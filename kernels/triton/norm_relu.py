@@ -22,7 +22,9 @@ def _forward_kernel(
     value += tl.load(shift_ptr + c, mask=c < channels, other=0.0)
     if RESIDUAL:
         value += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, tl.maximum(value, 0.0).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        y_ptr + at, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y_ptr.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def _backward_kernel(
         at = m * channels + c
         y = tl.load(y_ptr + at, mask=inside, other=0.0)
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.where(y > 0, g, 0.0)
+        g = tl.where(inside & ~(y <= 0), g, 0.0)  # NaN passes
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         d_scale += g * x
         d_shift += g

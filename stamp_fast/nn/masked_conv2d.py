@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import config
 from ..errors import ArgumentError
-from ..ops import masked_conv2d
+from ..ops import masked_conv2d, norm_relu
 from ._mask import Channels, Masked
 
 
@@ -47,25 +48,25 @@ class MaskedConv2d(nn.Conv2d, Masked):
                 f"MaskedConv2d.set_mask: with groups={self.groups} only a depthwise convolution can be masked"
             )
         both = in_channels if out_channels is None else out_channels
-        self._set_mask((self.in_channels, self.out_channels), both, both, None)
-        if scale is not None or (
-            in_channels is not None
-            and out_channels is not None
-            and not _same(self._index("in_channels", in_channels, self.in_channels), self.live_out)
-        ):
-            self._no_mask()
+        found = [self._index("in_channels", channels, self.in_channels) for channels in (in_channels, both)]
+        if scale is not None or (in_channels is not None and not _same(*found)):
             raise ArgumentError(
                 "MaskedConv2d.set_mask: a depthwise convolution reads and emits the same channels: in_channels and "
                 "out_channels must agree, and a factor belongs to the layer that reads them next"
             )
+        self._set_mask((self.in_channels, self.out_channels), both, both, None)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.masked and config.backend in ("auto", "cpu", "cuda"):
+            return super().forward(input)
         return self.computed(self._compact(input, 1, self.in_channels))
 
-    def computed(self, input: Tensor, **fused: Any) -> Any:
-        """The output for a compact input; `fused`: norm, residual, statistics of `ops.masked_conv2d`."""
+    def computed(self, input: Tensor, norm: tuple[Tensor, Tensor] | None = None, **fused: Any) -> Any:
+        """The output for a compact input; `norm` and `fused`: see `ops.masked_conv2d`."""
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
+            if norm is not None:  # the padding is of what is normalised
+                input, norm = norm_relu(input, *norm), None
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
             padding = 0
@@ -77,6 +78,7 @@ class MaskedConv2d(nn.Conv2d, Masked):
             rows=self.live_out,
             cols=None if depthwise else self.live_in,
             scale=self.mask_scale,
+            norm=norm,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,

@@ -34,11 +34,7 @@ class MaskedConvBNReLU2d(nn.Sequential):
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: nn.ReLU | None = None) -> None:
-        if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d):
-            raise ArgumentError(
-                f"MaskedConvBNReLU2d: needs a Conv2d and a BatchNorm2d, got {type(conv).__name__} and "
-                f"{type(bn).__name__}"
-            )
+        _check_parts(conv, bn, relu)
         if bn.num_features != conv.out_channels:
             raise ArgumentError(
                 f"MaskedConvBNReLU2d: bn must be of the convolution's {conv.out_channels} channels, got "
@@ -92,10 +88,15 @@ class MaskedConvBNReLU2d(nn.Sequential):
             mean, variance = (self[0]._live(v, live) for v in (bn.running_mean, bn.running_var))
         else:
             count = value.numel() // max(1, value.shape[1])
-            mean = sums[0] / count
+            if count == 1 and bn.training:
+                raise ArgumentError(
+                    "MaskedConvBNReLU2d: expected more than 1 value per channel in training, got an output of "
+                    f"{tuple(value.shape)}"
+                )
+            mean = sums[0] / max(1, count)
             # Rounding may take it below zero.
-            variance = (sums[1] / count - mean.square()).clamp(min=0)
-            if bn.training and bn.running_mean is not None:
+            variance = (sums[1] / max(1, count) - mean.square()).clamp(min=0)
+            if bn.training and bn.running_mean is not None and count > 0:
                 self._follow(mean.detach(), variance.detach() * (count / max(1, count - 1)))
         wide = torch.promote_types(value.dtype, torch.float32)
         scale = torch.rsqrt(variance.to(wide) + bn.eps)
@@ -117,6 +118,21 @@ class MaskedConvBNReLU2d(nn.Sequential):
                 running.copy_(new)
             else:
                 running.index_copy_(0, live, new)
+
+
+def _check_parts(conv: nn.Module, bn: nn.Module, relu: nn.Module | None) -> None:
+    """Whatever is more than these layers would silently get lost."""
+    for name, part, kinds in (
+        ("conv", conv, (nn.Conv2d, MaskedConv2d)),
+        ("bn", bn, (nn.BatchNorm2d,)),
+        ("relu", relu, (nn.ReLU, type(None))),
+    ):
+        if type(part) not in kinds:
+            raise ArgumentError(
+                f"MaskedConvBNReLU2d: {name} must be a plain {kinds[0].__name__}, got {type(part).__name__}"
+            )
+        if part is not None and (part._forward_hooks or part._forward_pre_hooks or part._modules):
+            raise ArgumentError(f"MaskedConvBNReLU2d: {name} has hooks or parametrizations, which would not run")
 
 
 def _masked(conv: nn.Conv2d) -> MaskedConv2d:

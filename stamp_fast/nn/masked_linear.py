@@ -25,7 +25,7 @@ class MaskedLinear(nn.Linear, Masked):
     def forward(self, input: Tensor) -> Tensor:
         input = self._compact(input, -1, self.in_features)
         weight = self.weight
-        if self.live_in is not None or self.live_out is not None or self.mask_scale is not None:
+        if self.masked:
             scale = None if self.mask_scale is None else self.mask_scale.to(weight.dtype)
             (weight,) = pack_weights([weight], [self.live_out], [self.live_in], [scale])
         return F.linear(input, weight, self._live(self.bias, self.live_out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -70,3 +71,8 @@ def note(op: str, backend: str) -> None:
     """Says in `config.ran` which one runs; a compiler that traces the call runs none."""
     if not torch.compiler.is_compiling():
         config.ran[op] = backend
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

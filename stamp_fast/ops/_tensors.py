@@ -53,3 +53,20 @@ def pair(op: str, name: str, value: int | Sequence[int]) -> list[int]:
     if len(found) != 2 or isinstance(value, str):
         raise ArgumentError(f"{op}: {name} must be one number or two, got {value!r}")
     return found
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would have this tensor's device multiply in; None where it is off, or the device has none."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def differentiable_once(backward: str) -> None:
+    """A backward through this backward operator is an error: without it gradients would be wrong without a word."""
+
+    def refuse(ctx: object, *grads: object) -> None:
+        raise RuntimeError(f"{backward}: is not differentiable; backend='reference' can be differentiated twice")
+
+    torch.library.register_autograd(f"stamp_fast::{backward}", refuse)

@@ -48,12 +48,25 @@ def channel_saliency(
         RuntimeError: An argument has the wrong shape, dtype or device; or a backward pass comes here.
     """
     chosen = choose("channel_saliency", activation, backend)
-    note("channel_saliency", chosen)
     if chosen == "reference":
         _empty(activation, gradient, dim)  # the checks
-        with torch.no_grad():
-            return ChannelSaliency(*_reference.channel_saliency(activation, gradient, dim).unbind())
-    return ChannelSaliency(*torch.ops.stamp_fast.channel_saliency(activation, gradient, dim).unbind())
+        found = _Plain.apply(activation, gradient, dim)
+    else:
+        found = torch.ops.stamp_fast.channel_saliency(activation, gradient, dim)
+    note("channel_saliency", chosen)
+    return ChannelSaliency(*found.unbind())
+
+
+class _Plain(torch.autograd.Function):
+    """The reference, which would be differentiable."""
+
+    @staticmethod
+    def forward(ctx, activation: Tensor, gradient: Tensor, dim: int) -> Tensor:
+        return _reference.channel_saliency(activation, gradient, dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _backward(ctx, grad)
 
 
 def _empty(activation: Tensor, gradient: Tensor, dim: int) -> Tensor:

@@ -8,7 +8,15 @@ from torch import Tensor
 from stamp_fast import _load, config  # noqa: F401  (_load registers the operators)
 from stamp_fast.ops import _reference
 from stamp_fast.ops._backend import choose, note
-from stamp_fast.ops._tensors import check_float, check_same_dtype, memory_format, new_empty, pair
+from stamp_fast.ops._tensors import (
+    autocast_dtype,
+    check_float,
+    check_same_dtype,
+    differentiable_once,
+    memory_format,
+    new_empty,
+    pair,
+)
 
 
 def depthwise_conv2d(
@@ -41,20 +49,21 @@ def depthwise_conv2d(
         ArgumentError: the backend cannot take this call, or a number is no pair.
         RuntimeError: An argument has the wrong shape, dtype, device or value.
     """
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(input)
+    if dtype is not None and input.dtype != torch.float64:
         input, weight = input.to(dtype), weight.to(dtype)
     pairs = [
         pair("depthwise_conv2d", name, value)
         for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
     ]
     chosen = choose("depthwise_conv2d", input, backend)
-    note("depthwise_conv2d", chosen)
     if chosen == "reference":
         _output_shape("depthwise_conv2d", input, weight, *pairs)  # the checks
-        return _reference.depthwise_conv2d(input, weight, *pairs)
-    return torch.ops.stamp_fast.depthwise_conv2d(input, weight, *pairs)
+        output = _reference.depthwise_conv2d(input, weight, *pairs)
+    else:
+        output = torch.ops.stamp_fast.depthwise_conv2d(input, weight, *pairs)
+    note("depthwise_conv2d", chosen)
+    return output
 
 
 def _output_shape(
@@ -174,3 +183,4 @@ def _backward(ctx, grad: Tensor):
 
 
 torch.library.register_autograd("stamp_fast::depthwise_conv2d", _backward, setup_context=_setup_context)
+differentiable_once("depthwise_conv2d_backward")

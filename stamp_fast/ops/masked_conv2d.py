@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import config
 from . import _reference
-from ._backend import choose
-from ._tensors import memory_format, pair
+from ._backend import choose, note, on_device
+from ._tensors import autocast_dtype, differentiable_once, memory_format, new_empty, pair
 from .pack_weights import pack_weights
 
 Pair = int | Sequence[int]
@@ -60,20 +60,24 @@ def masked_conv2d(
 
     Raises:
         ArgumentError: the backend cannot take this call.
-        RuntimeError: an argument has the wrong shape, dtype or device; the message names it.
+        RuntimeError: an argument has the wrong shape, dtype or device; the message names it. An index out of range is
+            noticed on the CPU alone.
     """
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = autocast_dtype(input)
+    if dtype is not None:
         input, weight, bias, scale, residual = (_cast(t, dtype) for t in (input, weight, bias, scale, residual))
     elif scale is not None:
         scale = scale.to(weight.dtype)
     chosen = choose("masked_conv2d", input, backend, has_triton=groups == 1)
     moves = [pair("masked_conv2d", *m) for m in (("stride", stride), ("padding", padding), ("dilation", dilation))]
     norm_scale, norm_shift = (None, None) if norm is None else norm
-    output, sums = torch.ops.stamp_fast.masked_conv2d(
-        input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual,
-        *moves, groups, statistics, chosen,
-    )  # fmt: skip
+    arguments = input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual, *moves, groups
+    if chosen == "reference":
+        _checked_shape(*arguments)
+        note("masked_conv2d", chosen)
+        output, sums = _reference.masked_conv2d(*arguments, statistics)
+    else:
+        output, sums = torch.ops.stamp_fast.masked_conv2d(*arguments, statistics, chosen)
     return (output, sums) if statistics else output
 
 
@@ -103,6 +107,8 @@ def _checked_shape(
         _check(len(two) == 2 and all(v >= least for v in two), f"{name} must be two numbers >= {least}, got {two}")
     out = weight.shape[0] if rows is None else rows.numel()
     inner = weight.shape[1] if cols is None else cols.numel()
+    for name, index in (("rows", rows), ("cols", cols)):
+        _check(index is None or index.numel() >= 1, f"{name} must hold at least one position; None keeps all")
     _check(groups >= 1 and out % groups == 0, f"groups must divide the {out} live output channels, got {groups}")
     live = inner * groups
     _check(input.shape[1] == live, f"input must have {live} live channels, got {tuple(input.shape)}")
@@ -141,7 +147,7 @@ def _(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual,
         input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual, stride, padding, dilation, groups
     )
     sums = input.new_empty((2, shape[1]) if statistics else 0, dtype=torch.float64)
-    return input.new_empty(shape).to(memory_format=memory_format(input)), sums
+    return new_empty(input, shape), sums
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -151,17 +157,17 @@ def _forward(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, res
         input, weight, bias, rows, cols, scale, norm_scale, norm_shift, residual, stride, padding, dilation, groups
     )
     _check_indices(weight, rows, cols)
-    config.ran["masked_conv2d"] = backend
+    note("masked_conv2d", backend)
     fused = (bias, rows, cols, scale, norm_scale, norm_shift, residual)
     moves = (stride, padding, dilation)
     if backend == "triton":
         from ..kernels.triton import masked_conv2d as kernels
 
         problem = kernels.Problem(input, weight, rows, cols, *moves)
-        channels_last, other = _channels_last(input), None if residual is None else _channels_last(residual)
-        output, sums = kernels.masked_conv2d(problem, channels_last, weight, *fused[:-1], other, statistics)
-    elif backend == "reference":
-        output, sums = _reference.masked_conv2d(input, weight, *fused, *moves, groups, statistics)
+        other = None if residual is None else _channels_last(residual)
+        with on_device(input):
+            vectors = map(_contiguous, fused[:-1])
+            output, sums = kernels.masked_conv2d(problem, _channels_last(input), weight, *vectors, other, statistics)
     else:
         packed, read = _packed(weight, rows, cols, scale), _normalised(input, norm_scale, norm_shift)
         if _depthwise(packed, groups):
@@ -177,11 +183,15 @@ def _forward(input, weight, bias, rows, cols, scale, norm_scale, norm_shift, res
 
 
 def _check_indices(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
-    """On the CPU; a GPU would have to be waited for, and its kernels stop by themselves."""
+    """On the CPU: a GPU would have to be waited for. `MaskedConv2d.set_mask` has checked its positions before."""
     for name, index, size in (("rows", rows, weight.shape[0]), ("cols", cols, weight.shape[1])):
         if index is not None and index.device.type == "cpu" and index.numel():
             low, high = index.aminmax()
             _check(low.item() >= 0 and high.item() < size, f"{name} must lie in [0, {size}), got {index.tolist()}")
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -216,11 +226,8 @@ def _sums(output: Tensor) -> Tensor:
 @torch.library.register_fake(_NAME + "_backward")
 def _(grad, grad_statistics, output, input, weight, rows, cols, scale, norm_scale, norm_shift,
       stride, padding, dilation, groups, need, backend):  # fmt: skip
-    def empty(wanted: bool, like: Tensor | None, keeps_format: bool = True) -> Tensor:
-        if not wanted:
-            return input.new_empty(0)
-        result = torch.empty_like(like, memory_format=torch.contiguous_format)
-        return result.to(memory_format=memory_format(like)) if keeps_format else result
+    def empty(wanted: bool, like: Tensor | None, shape: Sequence[int] | None = None) -> Tensor:
+        return new_empty(like, like.shape if shape is None else shape) if wanted else input.new_empty(0)
 
     return (
         empty(need[0], input),
@@ -229,15 +236,14 @@ def _(grad, grad_statistics, output, input, weight, rows, cols, scale, norm_scal
         empty(need[3], scale),
         empty(need[4], norm_scale),
         empty(need[5], norm_shift),
-        input.new_empty(grad.shape).to(memory_format=memory_format(input)) if need[6] else input.new_empty(0),
+        empty(need[6], input, grad.shape),
     )
 
 
 def _backward(grad, grad_statistics, output, input, weight, rows, cols, scale, norm_scale, norm_shift,
               stride, padding, dilation, groups, need, backend):  # fmt: skip
-    config.ran["masked_conv2d_backward"] = backend
+    note("masked_conv2d_backward", backend)
     moves = (stride, padding, dilation)
-    absent = input.new_empty(0)
     if grad_statistics is not None:
         grad_statistics = grad_statistics.to(_wide(input.dtype))
     whole = None  # the gradient, with what comes through the statistics
@@ -256,12 +262,14 @@ def _backward(grad, grad_statistics, output, input, weight, rows, cols, scale, n
         g, y, through = (_channels_last(whole), None, None) if whole is not None else (
             _channels_last(grad), _channels_last(output), grad_statistics.contiguous()
         )  # fmt: skip
-        d_input, d_norm, d_packed = absent, None, None
-        if need_input:
-            mask = (weight, rows, cols, scale)
-            d_input, d_norm = kernels.input_gradient(problem, g, y, through, x, *mask, norm_scale, norm_shift)
-        if need_weight:
-            d_packed = kernels.weight_gradient(problem, g, y, through, x, norm_scale, norm_shift).to(weight.dtype)
+        d_input, d_norm, d_packed = None, None, None
+        rows, cols, scale, norm_scale, norm_shift = map(_contiguous, (rows, cols, scale, norm_scale, norm_shift))
+        with on_device(input):
+            if need_input:
+                mask = (weight, rows, cols, scale)
+                d_input, d_norm = kernels.input_gradient(problem, g, y, through, x, *mask, norm_scale, norm_shift)
+            if need_weight:
+                d_packed = kernels.weight_gradient(problem, g, y, through, x, norm_scale, norm_shift).to(weight.dtype)
     else:
         packed = _packed(weight, rows, cols, scale)
         read = _normalised(input, norm_scale, norm_shift)
@@ -274,21 +282,22 @@ def _backward(grad, grad_statistics, output, input, weight, rows, cols, scale, n
             )
         d_input, d_norm = d_read, None
         if need_input and normed:
-            passed = torch.where(read > 0, d_read, 0).to(_wide(input.dtype))
+            passed = torch.where(read <= 0, 0, d_read).to(_wide(input.dtype))
             d_norm = torch.stack([(passed * input).sum((0, 2, 3)), passed.sum((0, 2, 3))])
             d_input = (passed * norm_scale.view(1, -1, 1, 1)).to(input.dtype)
-    d_weight, d_scale = absent, absent
+    d_weight, d_scale = None, None
     if need_weight:
         d_weight, d_scale = _unpacked(d_packed, weight, rows, cols, scale, need[1], need[3])
-    return (
-        d_input.contiguous(memory_format=memory_format(input)) if need[0] else absent,
-        d_weight,
-        whole.sum((0, 2, 3)) if need[2] else absent,
-        d_scale,
-        d_norm[0] if need[4] else absent,
-        d_norm[1] if need[5] else absent,
-        _fresh(whole, grad).contiguous(memory_format=memory_format(input)) if need[6] else absent,
+    found = (
+        d_input.contiguous(memory_format=memory_format(input)) if need[0] else None,
+        d_weight if need[1] else None,
+        whole.sum((0, 2, 3)) if need[2] else None,
+        d_scale if need[3] else None,
+        d_norm[0].clone() if need[4] else None,
+        d_norm[1].clone() if need[5] else None,
+        _fresh(whole, grad).contiguous(memory_format=memory_format(input)) if need[6] else None,
     )
+    return tuple(input.new_empty(0) if value is None else value for value in found)
 
 
 def _fresh(tensor: Tensor, argument: Tensor) -> Tensor:
@@ -344,3 +353,4 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, grad_statistics: Tensor | 
 
 
 torch.library.register_autograd(_NAME, _autograd_backward, setup_context=_setup_context)
+differentiable_once("masked_conv2d_backward")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import config
 from . import _reference
-from ._backend import choose
-from ._tensors import memory_format
+from ._backend import choose, note, on_device
+from ._tensors import differentiable_once, memory_format, new_empty
 
 _NAME = "stamp_fast::norm_relu"
 
@@ -37,9 +37,12 @@ def norm_relu(
     """
     if residual is not None:
         residual = residual.to(input.dtype)
-    return torch.ops.stamp_fast.norm_relu(
-        input, scale, shift, residual, choose("norm_relu", input, backend, has_triton=True)
-    )
+    chosen = choose("norm_relu", input, backend, has_triton=True)
+    if chosen == "reference":
+        _check(input, scale, shift, residual)
+        note("norm_relu", chosen)
+        return _reference.norm_relu(input, scale, shift, residual)
+    return torch.ops.stamp_fast.norm_relu(input, scale, shift, residual, chosen)
 
 
 def _check(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> None:
@@ -57,47 +60,45 @@ def _check(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None)
             torch._check(fits, lambda n=name, w=wanted, g=got: f"norm_relu: {n} must have {w}, got {g}")
 
 
-def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
-    if not wanted:
-        return tensor.new_empty(0)
-    return tensor.new_empty(tensor.shape).to(memory_format=memory_format(tensor))
-
-
 @torch.library.register_fake(_NAME)
 def _(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, backend: str) -> Tensor:
     _check(input, scale, shift, residual)
-    return _like(input)
+    return new_empty(input, input.shape)
 
 
 @torch.library.register_fake(_NAME + "_backward")
 def _(grad: Tensor, output: Tensor, input: Tensor, scale: Tensor, residual: bool, backend: str) -> tuple:
-    return _like(input), torch.empty_like(scale), torch.empty_like(scale), _like(input, residual)
+    like = new_empty(input, input.shape)
+    passed = torch.empty_like(like) if residual else input.new_empty(0)
+    return like, torch.empty_like(scale), torch.empty_like(scale), passed
 
 
 def _forward(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, backend: str) -> Tensor:
     _check(input, scale, shift, residual)
-    config.ran["norm_relu"] = backend
+    note("norm_relu", backend)
     if backend == "triton":
         from ..kernels.triton import norm_relu as kernels
 
         last = [None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (input, residual)]
-        output = kernels.norm_relu(last[0], scale.contiguous(), shift.contiguous(), last[1])
+        with on_device(input):
+            output = kernels.norm_relu(last[0], scale.contiguous(), shift.contiguous(), last[1])
     else:
         output = _reference.norm_relu(input, scale, shift, residual)
     return output.contiguous(memory_format=memory_format(input))
 
 
 def _backward(grad: Tensor, output: Tensor, input: Tensor, scale: Tensor, residual: bool, backend: str) -> tuple:
-    config.ran["norm_relu_backward"] = backend
+    note("norm_relu_backward", backend)
     form = memory_format(input)
     if backend == "triton":
         from ..kernels.triton import norm_relu as kernels
 
         last = (t.contiguous(memory_format=torch.channels_last) for t in (grad, output, input))
-        d_input, d_norm, d_residual = kernels.norm_relu_backward(*last, scale.contiguous(), residual)
+        with on_device(input):
+            d_input, d_norm, d_residual = kernels.norm_relu_backward(*last, scale.contiguous(), residual)
         d_scale, d_shift = d_norm.unbind()
     else:
-        passed = torch.where(output > 0, grad, 0)
+        passed = torch.where(output <= 0, 0, grad)  # NaN passes
         wide = passed.to(scale.dtype)
         d_scale, d_shift = (wide * input).sum((0, 2, 3)), wide.sum((0, 2, 3))
         d_input, d_residual = (wide * scale.view(1, -1, 1, 1)).to(input.dtype), passed
@@ -126,3 +127,4 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 torch.library.register_autograd(_NAME, _autograd_backward, setup_context=_setup_context)
+differentiable_once("norm_relu_backward")

@@ -8,7 +8,7 @@ from torch import Tensor
 from stamp_fast import _load, config  # noqa: F401  (_load registers the operators)
 from stamp_fast.ops import _reference
 from stamp_fast.ops._backend import choose, note
-from stamp_fast.ops._tensors import check_float, check_same_dtype, new_empty
+from stamp_fast.ops._tensors import check_float, check_same_dtype, differentiable_once, new_empty
 
 
 def pack_weights(
@@ -47,17 +47,19 @@ def pack_weights(
     if not tensors:
         return []
     chosen = choose("pack_weights", tensors[0], backend)
-    note("pack_weights", chosen)
     if chosen == "reference":
+        note("pack_weights", chosen)
         return _reference.pack_weights(tensors, rows, cols, scales)
     no_index = torch.empty(0, dtype=torch.int64, device=tensors[0].device)
     no_scale = {tensor.dtype: tensor.new_empty(0) for tensor in tensors}
-    return torch.ops.stamp_fast.pack_weights(
+    packed = torch.ops.stamp_fast.pack_weights(
         tensors,
         [no_index if index is None else index for index in rows],
         [no_index if index is None else index for index in cols],
         [no_scale[tensor.dtype] if scale is None else scale for tensor, scale in zip(tensors, scales, strict=True)],
     )
+    note("pack_weights", chosen)
+    return packed
 
 
 def _check_length(name: str, got: int, wanted: int) -> None:
@@ -181,3 +183,4 @@ def _backward(ctx, grads: list[Tensor | None]):
 
 
 torch.library.register_autograd("stamp_fast::pack_weights", _backward, setup_context=_setup_context)
+differentiable_once("pack_weights_backward")

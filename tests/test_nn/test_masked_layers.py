@@ -5,6 +5,7 @@ import torch
 from test_ops.test_masked_conv2d import needs_triton
 from torch import nn
 
+import stamp_fast
 from stamp_fast import ArgumentError, config
 from stamp_fast.nn import MaskedConv2d, MaskedConvBNReLU2d, MaskedLinear
 
@@ -96,6 +97,9 @@ def test_masked_linear(assert_close):
         (([True, False],), "must be 6 booleans"),
         (([],), "at least one"),
         (([0.5],), "positions or booleans"),
+        (("03",), "positions or booleans"),
+        (([5, 4, 3, 2, 1, 0],), "keeps all 6 channels in another order"),
+        ((None, None, [1.0] * 6), "one factor for each of the 6 live input channels, got list"),
         ((None, None, torch.ones(5)), "one factor for each of the 6"),
     ],
 )
@@ -187,10 +191,74 @@ def test_left_to_the_next_block(assert_close):
 
 
 def test_wrong_parts():
-    with pytest.raises(ArgumentError, match="needs a Conv2d and a BatchNorm2d"):
-        MaskedConvBNReLU2d(nn.Linear(3, 3), nn.BatchNorm2d(3))
+    conv, bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    hooked = copy.deepcopy(conv)
+    hooked.register_forward_hook(lambda *_: None)
+    normed = nn.utils.parametrizations.weight_norm(copy.deepcopy(conv))
+    for parts, text in (
+        ((nn.Linear(3, 3), bn), "conv must be a plain Conv2d, got Linear"),
+        ((conv, nn.GroupNorm(2, 4)), "bn must be a plain BatchNorm2d, got GroupNorm"),
+        ((conv, bn, nn.ReLU6()), "relu must be a plain ReLU, got ReLU6"),
+        ((hooked, bn), "conv has hooks"),
+        ((normed, bn), "conv must be a plain|conv has hooks"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            MaskedConvBNReLU2d(*parts)
     with pytest.raises(ArgumentError, match="the convolution's 4 channels, got 5"):
         MaskedConvBNReLU2d(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5))
+
+
+def test_same_padding_is_of_what_is_normalised(assert_close):
+    (_, first), second = block(), MaskedConvBNReLU2d(nn.Conv2d(8, 5, 3, padding="same"), nn.BatchNorm2d(5))
+    first[1].bias.data.fill_(1.0)
+    x = torch.randn(4, 6, 7, 7)
+    first.eval(), second.eval()
+    assert_close(second(first(x, unrectified=True)), second(first(x)))
+
+
+def test_empty_and_single_batches_leave_the_statistics_alone():
+    _, fused = block()
+    assert fused(torch.empty(0, 6, 5, 5)).shape == (0, 8, 5, 5)
+    assert not fused[1].running_mean.any() and fused[1].running_var.eq(1).all()
+    with pytest.raises(ArgumentError, match="more than 1 value per channel"):
+        MaskedConvBNReLU2d(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1))(torch.randn(1, 1, 3, 3))
+
+
+def test_a_mask_is_no_parameter_and_no_ones_else(assert_close):
+    conv, index = MaskedConv2d(3, 4, 1), torch.tensor([0, 1])
+    conv.set_mask(index, None, nn.Parameter(torch.ones(2)))
+    index[0] = 99
+    assert conv.live_in.tolist() == [0, 1]
+    assert conv.state_dict().keys() == dict(conv.named_parameters()).keys() == {"weight", "bias"}
+    conv(torch.randn(1, 3, 2, 2)).sum().backward()
+    assert conv.mask_scale.grad is not None
+    deep = MaskedConv2d(4, 4, 1, groups=4)
+    deep.set_mask([0, 1], [0, 1])
+    with pytest.raises(ArgumentError):
+        deep.set_mask([0, 1], [2, 3])
+    assert deep.live_out.tolist() == [0, 1]  # what is refused changes nothing
+
+
+def test_without_a_mask_whatever_torchs_own_takes():
+    conv = MaskedConv2d(3, 4, 3)
+    assert conv(torch.randn(3, 5, 5)).shape == (4, 3, 3)
+    _, tangent = torch.func.jvp(conv, (torch.randn(1, 3, 5, 5),), (torch.ones(1, 3, 5, 5),))
+    assert tangent.abs().sum() > 0
+
+
+def test_prune_takes_networks_of_masked_layers():
+    model = nn.Sequential(
+        MaskedConv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        MaskedConv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        MaskedLinear(16, 4),
+    )
+    loader = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,)))] * 2
+    stamp_fast.prune(model, loader, method="magnitude", budget=stamp_fast.Budget(channels=0.5), progress=False)
+    assert model[0].out_channels == model[0].weight.shape[0] == 8 and model[6].in_features == 8
 
 
 def network() -> nn.Sequential:

@@ -26,13 +26,15 @@ def test_equals_reference(backend, device, dtype, last, shape, residual):
     exact = run(_reference.norm_relu, *(v if v is None else v.double() for v in (x, s, t, r)))
     plain = run(_reference.norm_relu, x, s, t, r)
     found = run(lambda *given: norm_relu(*given, backend=backend), x, s, t, r)
-    assert config.ran["norm_relu"] == config.ran["norm_relu_backward"] == backend
+    assert config.ran["norm_relu"] == backend and (
+        backend == "reference" or config.ran["norm_relu_backward"] == backend
+    )
     for one, other, value in zip(found, plain, exact, strict=True):
         assert one.dtype == other.dtype and one.shape == value.shape
         if value.numel():
             error, allowed = ((v.double() - value).abs().max() for v in (one, other))
             assert error <= 2 * allowed + 2 * torch.finfo(dtype).eps * (1 + value.abs().max())
-    assert found[0].is_contiguous(memory_format=form)
+    assert found[0].is_contiguous(memory_format=form) or not x.numel()
 
 
 def test_gradcheck_and_opcheck():
