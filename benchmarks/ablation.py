@@ -60,12 +60,12 @@ def _uniform(head: bool = False, folds: bool = False) -> Arm:
     return arm
 
 
-def _stamp(tasks: int = 200, mode: str = "joint", set_images: int = 256, **options: Any) -> Arm:
-    """STAMP with a generator that was meta-trained for so many tasks (0: untrained, None: no generator at all)."""
+def _stamp(tasks: int | None = None, mode: str = "joint", set_images: int = 256, **options: Any) -> Arm:
+    """STAMP with a generator that was meta-trained for so many tasks (0: untrained, None: as in the experiment)."""
     encoder = {"encoder": options.pop("encoder")} if "encoder" in options else {}
 
     def arm(task: Task, batches: list) -> tuple[nn.Module, float]:
-        generator = generator_for(task.network, mode, tasks, **encoder) if tasks else _untrained(task, mode)
+        generator = _untrained(task, mode) if tasks == 0 else generator_for(task.network, mode, tasks, **encoder)
         with mock.patch.object(sys.modules["stamp_fast.prune"], "_SAMPLE", set_images):
             return pruned_by("stamp", lambda _: generator, **options)(task, batches)
 
@@ -94,7 +94,7 @@ VARIANTS: dict[str, Callable[[], Arm]] = {
     "16 images to look at and to fold on": lambda: _stamp(set_images=16),
     "64 images to look at and to fold on": lambda: _stamp(set_images=64),
     "0 steps": lambda: _stamp(steps=0),
-    "5 steps": lambda: _stamp(steps=5),
+    "20 steps": lambda: _stamp(steps=20),
     "50 steps": lambda: _stamp(steps=50),
     "Taylor, 8 batches": lambda: pruned_by("taylor"),
 }
