@@ -94,7 +94,7 @@ VARIANTS: dict[str, Callable[[], Arm]] = {
     "16 images to look at and to fold on": lambda: _stamp(set_images=16),
     "64 images to look at and to fold on": lambda: _stamp(set_images=64),
     "0 steps": lambda: _stamp(steps=0),
-    "20 steps": lambda: _stamp(steps=20),
+    "5 steps": lambda: _stamp(steps=5),
     "50 steps": lambda: _stamp(steps=50),
     "Taylor, 8 batches": lambda: pruned_by("taylor"),
 }

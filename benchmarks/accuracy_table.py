@@ -92,14 +92,14 @@ def render(machine: dict[str, Any], places: dict[Place, dict[float, dict[str, Ru
         "know. `python -m benchmarks.time_to_accuracy` made the rows ([all of them](time_to_accuracy.csv)), "
         "`python -m benchmarks.accuracy_table` this page.",
         f"Machine: {machine['cpu']} ({machine['capability']}), {machine['threads']} of {machine['cores']} cores, torch "
-        f"{machine['torch']}, load average {machine['load']} at the start (ratios of seconds mean more than seconds); "
-        "bfloat16 autocast, channels_last, batch 64. Accuracy in percent on the first 3,000 test "
+        f"{machine['torch']}, several runs at a time: seconds are those that the one thread worked, and ratios mean "
+        "more than seconds; bfloat16 autocast, channels_last, batch 64. Accuracy in percent on the first 3,000 test "
         "images, after so many steps of fine-tuning (± standard deviation over the seeds). Seconds include pruning "
         "and leave out evaluation. STAMP's own steps of adaptation are not among the steps, but among the seconds.",
     ]
     for (network, target, steps), budgets in places.items():
         parts.append(f"## {network} → {target}, {steps:,} steps")
-        parts.append(f"![accuracy against seconds](time_to_accuracy_{network}_{target}.png)")
+        parts.append(f"![accuracy against seconds](time_to_accuracy_{network}_{target}_{steps}.png)")
         dense = budgets.get(1.0, {}).get("dense")
         for macs, arms in budgets.items():
             if macs == 1.0 and len(budgets) > 1:
@@ -240,8 +240,9 @@ def main(results: Path, output: Path) -> None:
     places = collect(rows(results))
     (output / "time_to_accuracy.md").write_text(render(machine, places))
     write_csv(output / "time_to_accuracy.csv", rows(results))
-    for (network, target, _), budgets in places.items():
-        write_figure(output / f"time_to_accuracy_{network}_{target}.png", f"{network}, glyphs → {target}", budgets)
+    for (network, target, steps), budgets in places.items():
+        title = f"{network}, glyphs → {target}, {steps:,} steps"
+        write_figure(output / f"time_to_accuracy_{network}_{target}_{steps}.png", title, budgets)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
 )
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Epochs in each arm.")
 @click.option("--batch-size", type=click.IntRange(2, 1024), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps inside prune.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps inside prune.")
 @click.option("--train-images", type=click.IntRange(1), help="Use only the first so many training images.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(

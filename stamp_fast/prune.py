@@ -43,7 +43,7 @@ def prune(
     budget: Budget = Budget(macs=0.5),  # noqa: B008  (frozen)
     method: str = "stamp",
     generator: MaskGenerator | str | PathLike | None = None,
-    steps: int = 5,
+    steps: int = 20,
     loss_fn: LossFn | None = None,
     reconstruction: bool | None = None,
     optimizer: Optimizers = None,

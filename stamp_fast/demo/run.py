@@ -147,7 +147,7 @@ def run(
     epochs: int = 10,
     batch_size: int = 64,
     lr: float = 0.02,
-    steps: int = 5,
+    steps: int = 20,
     train_images: int | None = None,
     seed: int = 0,
     output: Path = Path("stamp_fast_demo.png"),
