@@ -305,12 +305,28 @@ def test_autocast():
     assert net[0][0].weight.grad.dtype == torch.float32
 
 
-def test_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        net = network()
-        parallel = nn.parallel.DistributedDataParallel(net)
-        parallel(torch.randn(2, 3, 6, 6)).sum().backward()
-        assert net[5].weight.grad[:, [0, 2, 5]].eq(0).all() and net[5].weight.grad[:, [1, 3, 4]].ne(0).any()
-    finally:
-        torch.distributed.destroy_process_group()
+def gradients(net: nn.Module, rank: int) -> list[torch.Tensor]:
+    torch.manual_seed(10 + rank)
+    net(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(network())
+    torch.save(gradients(net, rank), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path, assert_close):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.manual_seed(0)
+    net = network()
+    alone = [gradients(copy.deepcopy(net), rank) for rank in range(2)]
+    for one, other, *each in zip(first, second, *alone, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, sum(each) / 2, rtol=1e-4, atol=1e-5)
+    head = first[-2]  # features 0, 2 and 5 are masked
+    assert head[:, [0, 2, 5]].eq(0).all() and head[:, [1, 3, 4]].ne(0).any()
