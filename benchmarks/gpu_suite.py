@@ -1,6 +1,6 @@
 """Everything that a GPU has to show, in one command and under eight minutes: builds, tests, times.
 
-    python -m benchmarks.gpu_suite                    # results/gpu-<name>.json and .md
+    python -m benchmarks.gpu_suite                    # results/gpu/<name>.json and .md
     python -m benchmarks.gpu_suite --device cpu --quick --no-build --no-tests    # does the suite itself run?
 
 First come the machine's own ceilings; every kernel is then shown as a fraction of the one that bounds it. A row that
@@ -35,7 +35,7 @@ from .machine import machine_info
 from .networks import cifar_resnet18
 from .table import markdown_table
 
-_RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(__file__).parent / "results" / "gpu"
 _ROOT = Path(__file__).parents[1]
 _TESTS = ["tests/test_ops", "tests/test_nn", "tests/test_packaging.py"]
 # ResNet-50's convolutions at 224 pixels: channels, filters, kernel, stride, height and width of the input.
@@ -361,7 +361,7 @@ def main(device: str, quick: bool, build: bool, tests: bool, minutes: float, out
     for step in (packing, saliency, convolutions, depthwise, blocks, networks):
         suite.step(step.__name__, lambda step=step: step(suite))
     found |= {"rows": suite.rows, "failed": suite.failed}
-    name = re.sub(r"[^a-z0-9]+", "-", f"gpu-{machine.get('gpu') or machine['cpu']}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", (machine.get("gpu") or machine["cpu"]).lower()).strip("-")
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (output / f"{name}.md").write_text(render(found))
