@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops import convolutions, pack_weights
+from ..ops import convolutions, gather
 from ._align import base_name
 from ._record import Ref
 from ._undisturbed import named_modules
@@ -48,7 +48,7 @@ class Plan:
         for slot, tensor in zip(slot_of, tensors, strict=True):
             sizes = zip(self.kept[slot], tensor.shape, self.graph.recording.shapes[slot], strict=True)
             kept.append([index if mine == theirs else None for index, mine, theirs in sizes])
-        return _pack(tensors, kept)
+        return gather(tensors, kept)
 
     @contextlib.contextmanager
     def virtual(self, scale: torch.Tensor | None = None) -> Iterator[None]:
@@ -56,13 +56,13 @@ class Plan:
         slots = self.graph.slots
         scales = [None if scale is None else self._reader_scale(i, scale) for i in range(len(slots))]
         parameters = [i for i, s in enumerate(slots) if s.is_parameter and (self.shrinks(i) or scales[i] is not None)]
-        packed = _pack(
+        packed = gather(
             [slots[i].tensor for i in parameters], [self.kept[i] for i in parameters], [scales[i] for i in parameters]
         )
         # Buffers by themselves: an operator with one differentiable input makes all its outputs differentiable.
         buffers = [i for i, slot in enumerate(slots) if not slot.is_parameter]
         with torch.no_grad():
-            copies = _pack([slots[i].tensor.clone() for i in buffers], [self.kept[i] for i in buffers])
+            copies = gather([slots[i].tensor.clone() for i in buffers], [self.kept[i] for i in buffers])
         replacement = dict(zip([*parameters, *buffers], [*packed, *copies], strict=True))
         with swapped(self, replacement), convolutions():
             yield
@@ -78,41 +78,6 @@ class Plan:
         if bool((live >= 0).all()):
             return dim, scale[live]
         return dim, torch.where(live >= 0, scale[live.clamp(min=0)], torch.ones_like(scale[:1]))
-
-
-def _pack(
-    tensors: list[torch.Tensor],
-    kept: list[list[torch.Tensor | None]],
-    scales: list[tuple[int, torch.Tensor] | None] | None = None,
-) -> list[torch.Tensor]:
-    """One `pack_weights` call, with plain tensor operators for what it does not take: a dim beyond the second, a
-    factor along another dim than its own, a dtype without a kernel.
-    """
-    tensors = list(tensors)
-    rows, cols, factors, late = [], [], [], {}
-    for i, tensor in enumerate(tensors):
-        index = [None if k is None else k.to(tensor.device) for k in kept[i]]
-        native = tensor.is_floating_point() and tensor.dim() > 0
-        for dim in range(2 if native else 0, tensor.dim()):
-            if index[dim] is not None:
-                tensor = tensor.index_select(dim, index[dim])
-                index[dim] = None
-        tensors[i] = tensor
-        factor = None
-        if scales is not None and scales[i] is not None:
-            dim, factor = scales[i]
-            factor = factor.to(tensor.dtype)
-            if dim != min(1, tensor.dim() - 1):
-                late[i] = factor.view([-1 if d == dim else 1 for d in range(tensor.dim())])
-                factor = None
-        rows.append(index[0] if index else None)
-        cols.append(index[1] if len(index) > 1 else None)
-        factors.append(factor)
-    native = [i for i, t in enumerate(tensors) if t.is_floating_point() and t.dim() > 0]
-    packed = pack_weights(*([values[i] for i in native] for values in (tensors, rows, cols, factors)))
-    for i, tensor in zip(native, packed, strict=True):
-        tensors[i] = tensor * late[i] if i in late else tensor
-    return tensors
 
 
 @contextlib.contextmanager
