@@ -402,8 +402,8 @@ def inject(monkeypatch, point: str, model: nn.Module, optimizer: torch.optim.Opt
         for parameter in model.parameters():
             optimizer.state[parameter] = BadDict(optimizer.state[parameter])
         BadDict.countdown = int(k)
-    elif where == "pack_weights":
-        fail_at_call(monkeypatch, _plan, "pack_weights", 1)
+    elif where == "gather":
+        fail_at_call(monkeypatch, _plan, "gather", 1)
     elif where == "replay":
         fail_at_call(monkeypatch, _replay._record, "record", 1)
     elif where == "replay comparison":
@@ -431,7 +431,7 @@ def inject(monkeypatch, point: str, model: nn.Module, optimizer: torch.optim.Opt
         "module setattr#6",
         "optimizer state#1",
         "optimizer state#5",
-        "pack_weights",
+        "gather",
         "replay",
         "replay comparison",
         "snapshot",
