@@ -26,27 +26,17 @@ def convolutions() -> AbstractContextManager:
 class _OnTriton(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.conv2d:
-            arguments = _Arguments(*args, **kwargs)
-            if arguments.fit():
-                return arguments.run()
-        return func(*args, **kwargs)
+        found = _convolved(*args, **kwargs) if func is torch.conv2d else None
+        return func(*args, **kwargs) if found is None else found
 
 
-class _Arguments:
-    """Of `torch.conv2d`."""
-
-    def __init__(self, input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> None:
-        self.tensors = input, weight, bias
-        self.moves = {"stride": stride, "padding": padding, "dilation": dilation}
-        self.groups = groups
-
-    def fit(self) -> bool:
-        input = self.tensors[0]
-        if input.ndim != 4 or isinstance(self.moves["padding"], str) or input.device.type == "meta":
-            return False
-        return choose("masked_conv2d", input, None, has_triton=self.groups == 1) == "triton"
-
-    def run(self) -> Tensor:
-        moves = {name: v[0] if isinstance(v, (tuple, list)) and len(v) == 1 else v for name, v in self.moves.items()}
-        return masked_conv2d(*self.tensors, **moves)
+def _convolved(
+    input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups: int = 1
+) -> Tensor | None:
+    """What `torch.conv2d` gives for these arguments, from Triton; None where there is no kernel for them."""
+    if input.ndim != 4 or isinstance(padding, str) or input.device.type == "meta":
+        return None
+    if choose("masked_conv2d", input, None, has_triton=groups == 1) != "triton":
+        return None
+    moves = [v[0] if isinstance(v, (tuple, list)) and len(v) == 1 else v for v in (stride, padding, dilation)]
+    return masked_conv2d(input, weight, bias, stride=moves[0], padding=moves[1], dilation=moves[2])

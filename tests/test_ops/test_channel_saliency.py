@@ -4,21 +4,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from test_ops.test_pack_weights import DEVICES, DTYPES
 from torch import Tensor
 
-from stamp_fast._load import HAS_CUDA_KERNELS
 from stamp_fast.ops import ChannelSaliency, _reference, channel_saliency
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not (HAS_CUDA_KERNELS and torch.cuda.is_available()), reason="no CUDA kernels or no GPU"
-        ),
-    ),
-]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OP = torch.ops.stamp_fast.channel_saliency.default
 
 

@@ -2,22 +2,13 @@ import itertools
 
 import pytest
 import torch
+from test_ops.test_pack_weights import DEVICES, DTYPES
 from torch import Tensor
 
 from stamp_fast._load import HAS_CUDA_KERNELS
 from stamp_fast.ops import _reference, depthwise_conv2d
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not (HAS_CUDA_KERNELS and torch.cuda.is_available()), reason="no CUDA kernels or no GPU"
-        ),
-    ),
-]
 OP = torch.ops.stamp_fast.depthwise_conv2d.default
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = {
     "contiguous": lambda tensor: tensor,
     "channels_last": lambda tensor: tensor.to(memory_format=torch.channels_last),
