@@ -14,7 +14,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,14 +66,27 @@ class Runs:
         return None
 
 
-Place = tuple[str, str, int]  # network, target, steps
+class Place(NamedTuple):
+    """Where all arms are compared."""
+
+    network: str
+    target: str
+    steps: int
+    lr: float
+
+    @property
+    def figure(self) -> str:
+        return f"time_to_accuracy_{self.network}_{self.target}_{self.steps}_{self.lr:g}.png"
+
+    def __str__(self) -> str:
+        return f"{self.network} → {self.target}, {self.steps:,} steps, learning rate {self.lr:g}"
 
 
 def collect(found: Iterable[dict[str, Any]]) -> dict[Place, dict[float, dict[str, Runs]]]:
     """By network, target and schedule; then by budget (1.0: dense); then by arm, in the order of `ARMS`."""
     gathered: dict[Place, dict[float, dict[str, list]]] = {}
     for row in found:
-        place = row["network"], row["target"], row["steps"]
+        place = Place(*(row[field] for field in Place._fields))
         gathered.setdefault(place, {}).setdefault(row["macs"], {}).setdefault(row["arm"], []).append(row)
     return {
         place: {
@@ -97,16 +110,16 @@ def render(machine: dict[str, Any], places: dict[Place, dict[float, dict[str, Ru
         "images, after so many steps of fine-tuning (± standard deviation over the seeds). Seconds include pruning "
         "and leave out evaluation. STAMP's own steps of adaptation are not among the steps, but among the seconds.",
     ]
-    for (network, target, steps), budgets in places.items():
-        parts.append(f"## {network} → {target}, {steps:,} steps")
-        parts.append(f"![accuracy against seconds](time_to_accuracy_{network}_{target}_{steps}.png)")
+    for place, budgets in places.items():
+        parts.append(f"## {place}")
+        parts.append(f"![accuracy against seconds]({place.figure})")
         dense = budgets.get(1.0, {}).get("dense")
         for macs, arms in budgets.items():
             if macs == 1.0 and len(budgets) > 1:
                 continue
             shown = {"dense": dense, **arms} if dense else arms
             parts.append(f"### {macs:g} of the MACs")
-            parts.append(_table(shown, dense, steps))
+            parts.append(_table(shown, dense, place.steps))
             parts += _verdicts(shown, dense, macs)
     return "\n\n".join(parts) + "\n"
 
@@ -179,7 +192,7 @@ def _verdicts(arms: dict[str, Runs], dense: Runs | None, macs: float) -> list[st
 
 def write_csv(path: Path, found: Iterable[dict[str, Any]]) -> None:
     """One line a run and mark."""
-    fields = ("network", "target", "macs", "arm", "seed", "steps", "macs_reached", "pruning_seconds", "step_ms")
+    fields = ("network", "target", "macs", "arm", "seed", "steps", "lr", "macs_reached", "pruning_seconds", "step_ms")
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*fields, "peak_bytes", "step", "seconds", "accuracy"])
@@ -240,9 +253,8 @@ def main(results: Path, output: Path) -> None:
     places = collect(rows(results))
     (output / "time_to_accuracy.md").write_text(render(machine, places))
     write_csv(output / "time_to_accuracy.csv", rows(results))
-    for (network, target, steps), budgets in places.items():
-        title = f"{network}, glyphs → {target}, {steps:,} steps"
-        write_figure(output / f"time_to_accuracy_{network}_{target}_{steps}.png", title, budgets)
+    for place, budgets in places.items():
+        write_figure(output / place.figure, f"glyphs, {place}", budgets)
 
 
 if __name__ == "__main__":

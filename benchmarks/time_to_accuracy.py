@@ -257,6 +257,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 @click.option("--arm", "arms", multiple=True, default=tuple(ARMS), type=click.Choice(list(ARMS)))
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=1200, show_default=True, help="The full schedule.")
+@click.option("--lr", default=0.05, show_default=True, help="The highest of the schedule, for every arm.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 def main(
@@ -267,6 +268,7 @@ def main(
     arms: tuple,
     seeds: int,
     steps: int,
+    lr: float,
     threads: int,
     results: Path,
 ) -> None:
@@ -274,7 +276,7 @@ def main(
     torch.set_num_threads(threads)
     if not results.exists():
         results.write_text(json.dumps({"machine": machine_info(threads)}) + "\n")
-    keys = ("arm", "network", "target", "macs", "seed", "steps")
+    keys = ("arm", "network", "target", "macs", "seed", "steps", "lr")
     done = {tuple(row[k] for k in keys) for row in rows(results)}
     for seed in range(seeds):
         for network in networks:
@@ -282,9 +284,9 @@ def main(
                 for share in macs:
                     for name in arms:
                         share_of = 1.0 if name == "dense" else share
-                        if (name, network, target, share_of, seed, steps) in done:
+                        if (name, network, target, share_of, seed, steps, lr) in done:
                             continue
-                        row = run(name, Task(network, target, share_of, seed, steps, root=root))
+                        row = run(name, Task(network, target, share_of, seed, steps, lr, root=root))
                         done.add(tuple(row[k] for k in keys))
                         with results.open("a") as file:
                             file.write(json.dumps(row) + "\n")

@@ -41,6 +41,7 @@ class Request:
     steps: int
     seed: int | None
     generator: MaskGenerator | None
+    settings: Settings  # of the generator's mode
     reconstruction: bool
     choose: Callable[[Ranking], torch.Tensor]  # what stays for a ranking, fixed groups seen to
     on_step: Callable[[], None]
@@ -54,10 +55,10 @@ def _stamp(request: Request) -> Ranking:
         generator.seed()
     inputs, labels = request.sample
     if request.generator is None:
-        gates, settings = unconditional(request.graph, inputs), Settings()
+        gates = unconditional(request.graph, inputs)
     else:
         gates = request.generator.gates(request.graph, inputs, labels, request.budget)
-        settings = Settings(mode=request.generator.mode)
+    settings = request.settings
     scores = adapt(
         request.graph,
         gates,

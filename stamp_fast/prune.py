@@ -27,7 +27,7 @@ from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
 from .reconstruct import reconstruct
 from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
-from .stamp import MaskGenerator
+from .stamp import MaskGenerator, Settings
 from .stamp.mask_generator import check_generator
 from .verify import Verification
 
@@ -61,10 +61,11 @@ def prune(
         model: on one device, with a head for the loader's classes. Training flags are left as they are.
         loader: yields (inputs, targets), or anything that `loss_fn` understands. Inputs may be a list of images.
         budget: fractions of the dense network that may stay.
-        method: "stamp" (the head is fitted, then gates and weights are adapted in `steps` steps each), "taylor",
+        method: "stamp" (the head is fitted, then the gates and the weights that stay are adapted), "taylor",
             "magnitude", "bn_scale", "random".
         generator: for method "stamp", meta-learned for this network by `stamp.meta_train`, or the file it was saved to.
-        steps: batches that method "stamp" adapts the gates on; with a generator 0 will do, too.
+        steps: batches that method "stamp" adapts the weights on, and the gates on the first quarter of them (on all,
+            with a generator for structure alone); with a generator 0 will do, too.
         loss_fn: (model, batch) -> scalar loss; default: cross entropy of model(inputs) with targets. It may need the
             model in training mode, like the losses of a detector: sum(model(*batch).values()).
         reconstruction: folds what is removed into the weights that read what stays, by least squares on 256 examples.
@@ -108,8 +109,8 @@ def prune(
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
     loss_fn = guarded(loss_fn or cross_entropy)
     inputs = batches.inputs() if example is None else example
-    rounds = 0 if method != "stamp" else 1 if generator is not None and generator.mode == "structure" else 2
-    phases = Phases(progress, rounds * steps)
+    settings = Settings() if generator is None else Settings(mode=generator.mode)
+    phases = Phases(progress, sum(settings.split(steps)) if method == "stamp" else 0)
     before = Snapshot(network, optimizer, copy_values=True)
     try:
         with config.recording() as ran, phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
@@ -138,6 +139,7 @@ def prune(
                     steps=steps,
                     seed=seed,
                     generator=generator,
+                    settings=settings,
                     reconstruction=reconstruction,
                     choose=lambda ranked: _chosen(graph, ranked, budget, round_to, strict),
                     on_step=phases.advance,

@@ -73,7 +73,7 @@ def test_files(tmp_path):
     assert {line["arm"] for line in lines} == set(ARMS)
     page = (tmp_path / "time_to_accuracy.md").read_text()
     assert all(f"| {arm} |" in page for arm in ARMS)
-    with Image.open(tmp_path / "time_to_accuracy_vgg_fashion_1200.png") as figure:
+    with Image.open(tmp_path / "time_to_accuracy_vgg_fashion_1200_0.05.png") as figure:
         assert figure.width > 500
 
 

@@ -8,6 +8,7 @@ fine-tuning (glyphs -> Fashion-MNIST, an eighth of the MACs) than weights left a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ from .head import fit_head, fixed, stepping
 from .mask_generator import MODES, l1_ranks
 from .statistics import reader_means
 
-HEAD_STEPS = 20
+HEAD_STEPS = 10
 _FAST_WIDTH = 8  # others take longer than the next multiple of it: bfloat16 on a VGG, a third more
 
 
@@ -36,8 +37,8 @@ class Settings:
     """Knobs of the adaptation; the defaults are ours, chosen on glyphs -> Fashion-MNIST.
 
     Attributes:
-        mode: "joint": once the mask is fixed, the weights that stay are trained for as many steps as the gates were;
-            "structure": only the gates, and the head.
+        mode: "joint": a quarter of the steps is for the gates, which meta-training has prepared for as few; once the
+            mask is fixed, the weights that stay are trained for all of them. "structure": all are for the gates.
         floor: fraction of every group that stays.
     """
 
@@ -52,6 +53,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ArgumentError(f"mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
+
+    def split(self, steps: int) -> tuple[int, int]:
+        """Steps of the gates, and of the weights."""
+        return (math.ceil(steps / 4), steps) if self.mode == "joint" else (steps, 0)
 
 
 def adapt(
@@ -82,17 +87,19 @@ def adapt(
         set_size: examples in the data set: the weight of the KL term is 1 / set_size.
         folds: what `reconstruct` folds on before weights are trained, in mode "joint"; None leaves it out.
     """
+    of_gates, of_weights = settings.split(steps)
     with gradients_set_aside(graph.model):
         with attributes_restored(graph.model):  # what a forward leaves there would trip the replay in `choose`
             fit_head(graph, batches(HEAD_STEPS), loss_fn)
-            for _ in gate_steps(graph, gates, batches(steps), steps, loss_fn, budget, set_size, generator, settings):
+            first = batches(of_gates)
+            for _ in gate_steps(graph, gates, first, of_gates, loss_fn, budget, set_size, generator, settings):
                 on_step()
         probability = gates.probability().detach().float().cpu()
-        if settings.mode == "joint" and steps:
+        if of_weights:
             keep = choose(probability)
             if folds is not None:
                 reconstruct(graph, keep, folds)
-            for _ in weight_steps(graph, keep, batches(steps), loss_fn, settings):
+            for _ in weight_steps(graph, keep, batches(of_weights), loss_fn, settings):
                 on_step()
     return probability
 
