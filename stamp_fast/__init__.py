@@ -2,7 +2,7 @@
 
 from stamp_fast._load import HAS_CUDA_KERNELS
 
-from . import config, importance, nn
+from . import config, early, importance, nn
 from .budget import Budget
 from .checkpoint import load, load_plan, save
 from .errors import (
@@ -40,6 +40,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "config",
+    "early",
     "importance",
     "load",
     "load_plan",

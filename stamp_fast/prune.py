@@ -16,6 +16,7 @@ from . import config
 from ._phases import Phases, in_mode
 from .budget import Budget
 from .checks import check_arguments, check_model, check_prunable
+from .cutting import chosen, select_and_cut
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, inputs_given, inputs_of, some_examples
 from .errors import ArgumentError, CompactionError, LoaderError
 from .graph import ChannelGraph, trace
@@ -23,9 +24,8 @@ from .graph._model import unwrapped
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored, uncompiled
-from .methods import METHODS, Ranking, Request
+from .methods import METHODS, Request
 from .recalibrate import recalibrate
-from .reconstruct import reconstruct
 from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
 from .stamp import MaskGenerator, Settings
 from .stamp.mask_generator import check_generator
@@ -141,14 +141,14 @@ def prune(
                     generator=generator,
                     settings=settings,
                     reconstruction=reconstruction,
-                    choose=lambda ranked: _chosen(graph, ranked, budget, round_to, strict),
+                    choose=lambda ranked: chosen(graph, ranked, budget, round_to, strict),
                     on_step=phases.advance,
                 )
                 ranked = METHODS[method](request)
             with in_mode(network, training=False):
                 examples = some_examples(inputs, 8) if verify else None
                 folds = sample[0] if reconstruction and not ranked.folded else None
-                kept, verified = _select_and_cut(
+                kept, verified = select_and_cut(
                     graph, ranked, budget, round_to, optimizer, strict, folds, examples, phases
                 )
             with phases("recalibrate"):
@@ -186,63 +186,6 @@ def _sample(
         return batches.sample(_SAMPLE, lambda batch: inputs_given(network, loss_fn, batch))
     except ArgumentError:  # loss_fn gives some by position and some by name: only the example can be run again
         return [example], None
-
-
-def _select_and_cut(
-    graph: ChannelGraph,
-    ranked: Ranking,
-    budget: Budget,
-    round_to: int | None,
-    optimizer: Any,
-    strict: bool,
-    folds: Any,
-    examples: Any,
-    phases: Phases,
-) -> tuple[torch.Tensor, Verification | None]:
-    """Cuts what the scores and the budget say; a group that turns out to be fixed is kept and the rest chosen anew."""
-    if folds is not None:
-        with phases("cut"):
-            reconstruct(graph, _chosen(graph, ranked, budget, round_to, strict), folds)
-    while True:
-        with phases("cut"):
-            kept = _select(graph, ranked, budget, round_to)
-        verified = None
-        if examples is not None:
-            with phases("verify"):
-                verified = Verification(graph, kept, examples)
-        try:
-            with phases("cut"):
-                dense = Snapshot(graph.model, optimizer)
-                graph.compact(kept, optimizer=optimizer)
-        except CompactionError as fixed:
-            _keep_fixed(graph, fixed, strict)
-            continue
-        if verified is not None:
-            with phases("verify"):
-                if not verified.compare(dense):
-                    graph.compact(kept, optimizer=optimizer)
-        return kept, verified
-
-
-def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None) -> torch.Tensor:
-    return graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
-
-
-def _chosen(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None, strict: bool) -> torch.Tensor:
-    """What stays, after a replay: what is trained or folded for one choice needs it to be the last."""
-    while True:
-        kept = _select(graph, ranked, budget, round_to)
-        try:
-            graph.check(kept)
-            return kept
-        except CompactionError as fixed:
-            _keep_fixed(graph, fixed, strict)
-
-
-def _keep_fixed(graph: ChannelGraph, fixed: CompactionError, strict: bool) -> None:
-    if strict or not fixed.groups:
-        raise fixed
-    graph.keep_groups(fixed.groups, fixed.reason)
 
 
 def _measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn) -> list[StepCost] | None:

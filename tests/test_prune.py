@@ -537,7 +537,7 @@ def test_unusable(name, model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("phase", ["_select_and_cut", "recalibrate", "compare_steps", "_copy"])
+@pytest.mark.parametrize("phase", ["select_and_cut", "recalibrate", "compare_steps", "_copy"])
 def test_failure_in_any_phase_changes_nothing(monkeypatch, phase, method, model, loader):
     from importlib import import_module
 

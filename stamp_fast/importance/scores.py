@@ -19,7 +19,7 @@ def _scatter(graph: ChannelGraph, totals: torch.Tensor, axis: torch.Tensor, valu
     totals.index_add_(0, axis[live], values.detach().float().cpu()[live])
 
 
-def _sum_of_others(values: torch.Tensor, dim: int) -> torch.Tensor:
+def sum_of_others(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Sum over every dim but one."""
     others = [d for d in range(values.dim()) if d != dim]
     return values.sum(others) if others else values
@@ -65,7 +65,7 @@ def _power_sums(weight: torch.Tensor, p: int, dims: list[int]) -> list[torch.Ten
             column = total if column is None else column.add_(total)
     if column is not None:
         column = column.view(weight.shape[1:])
-    return [torch.cat(by_row) if d == 0 else _sum_of_others(column, d - 1) for d in dims]
+    return [torch.cat(by_row) if d == 0 else sum_of_others(column, d - 1) for d in dims]
 
 
 def bn_scale(graph: ChannelGraph) -> torch.Tensor:
@@ -147,7 +147,7 @@ def taylor(
         for (slot, dim), weight, grad in zip(emitters, weights, grads[1:], strict=True):
             if grad is not None:
                 product = weight.detach() * grad
-                _scatter(graph, emitted, slot.axes[dim], _sum_of_others(product, dim))
+                _scatter(graph, emitted, slot.axes[dim], sum_of_others(product, dim))
         totals += torch.where(read, scores, emitted).abs()
         count += 1
     if count == 0:

@@ -1,0 +1,6 @@
+"""Early pruning: cuts a network while it trains, once its architecture has come to rest (arXiv 2110.12007)."""
+
+from .early_pruner import EarlyPruner
+from .indicator import indicator, settled, similarity
+
+__all__ = ["EarlyPruner", "indicator", "settled", "similarity"]
