@@ -2,5 +2,6 @@
 
 from .early_pruner import EarlyPruner
 from .indicator import indicator, settled, similarity
+from .scan import Scan, scan
 
-__all__ = ["EarlyPruner", "indicator", "settled", "similarity"]
+__all__ = ["EarlyPruner", "Scan", "indicator", "scan", "settled", "similarity"]

@@ -191,8 +191,7 @@ class EarlyPruner:
         keep = self._dominant(self._scores())
         self.history.append([int(keep[group.classes].sum()) for group in self._graph.prunable])
         self.indicators.append(indicator(self.history, self.window))
-        capped = self.cap is not None and len(self.history) >= self.cap
-        if capped or settled(self.indicators, self.tau, self.window):
+        if self._is_due():
             try:
                 self._cut_step()
             except BaseException:
@@ -203,6 +202,10 @@ class EarlyPruner:
         if self._gradients is not None:
             self._gradients.reset()
         return False
+
+    def _is_due(self) -> bool:
+        capped = self.cap is not None and len(self.history) >= self.cap
+        return capped or settled(self.indicators, self.tau, self.window)
 
     def _scores(self) -> torch.Tensor:
         """Of every class, the same in all processes."""
