@@ -23,7 +23,7 @@ import stamp_fast
 from stamp_fast import Budget, importance, trace
 from stamp_fast.recalibrate import recalibrate
 from stamp_fast.reconstruct import reconstruct
-from stamp_fast.stamp import MaskGenerator
+from stamp_fast.stamp import MaskGenerator, Settings
 from stamp_fast.stamp.head import fit_head
 
 from . import data
@@ -72,6 +72,14 @@ def _stamp(tasks: int | None = None, mode: str = "joint", set_images: int = 256,
     return arm
 
 
+def _with_as_many_gate_steps() -> Arm:
+    def arm(task: Task, batches: list) -> tuple[nn.Module, float]:
+        with mock.patch.object(Settings, "split", lambda _, steps: (steps, steps)):
+            return _stamp()(task, batches)
+
+    return arm
+
+
 def _untrained(task: Task, mode: str = "joint") -> MaskGenerator:
     graph = trace(task.dense(), torch.zeros(2, 3, 32, 32))
     graph.settle()
@@ -93,6 +101,7 @@ VARIANTS: dict[str, Callable[[], Arm]] = {
     "encoder: input": lambda: _stamp(tasks=50, encoder="input"),
     "16 images to look at and to fold on": lambda: _stamp(set_images=16),
     "64 images to look at and to fold on": lambda: _stamp(set_images=64),
+    "20 steps of the gates, not 5": _with_as_many_gate_steps,
     "0 steps": lambda: _stamp(steps=0),
     "5 steps": lambda: _stamp(steps=5),
     "50 steps": lambda: _stamp(steps=50),

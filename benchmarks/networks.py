@@ -1,4 +1,4 @@
-"""ResNet-18 for 32 x 32 images with every width free: what someone would write by hand for given widths."""
+"""Networks for 32 x 32 images; of the ResNet-18 every width is free: what one would write by hand for given widths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["CifarResNet", "CifarVGG", "cifar_resnet18", "cifar_vgg", "randomise", "widths_of"]
+__all__ = [
+    "CifarMobileNet",
+    "CifarResNet",
+    "CifarVGG",
+    "cifar_mobilenet",
+    "cifar_resnet18",
+    "cifar_vgg",
+    "randomise",
+    "widths_of",
+]
 
 
 class BasicBlock(nn.Module):
@@ -91,6 +100,43 @@ class CifarVGG(nn.Module):
 def cifar_vgg(width: int = 64, classes: int = 10) -> CifarVGG:
     """VGG-11-like network for (batch, 3, 32, 32) images; `width` channels in the first pair."""
     return CifarVGG(width, classes)
+
+
+class SeparableConv(nn.Module):
+    """A depthwise 3 x 3 convolution and a pointwise one, each with batch norm and ReLU."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, out, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
+
+
+class CifarMobileNet(nn.Module):
+    """MobileNetV1 for 32 x 32 images: stem of stride 1, and three of its strides."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential()
+        channels = width
+        for factor, stride in ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), (16, 1)):
+            self.blocks.append(SeparableConv(channels, factor * width, stride))
+            channels = factor * width
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+def cifar_mobilenet(width: int = 32, classes: int = 10) -> CifarMobileNet:
+    """MobileNetV1 for (batch, 3, 32, 32) images, without its five blocks in a row."""
+    return CifarMobileNet(width, classes)
 
 
 def widths_of(model: CifarResNet) -> dict[str, list[int]]:

@@ -41,7 +41,7 @@ from . import data
 from .machine import machine_info
 from .reference import NETWORKS, generator_for, pretrained_for
 
-__all__ = ["ARMS", "MARKS", "RESULTS", "ROUND_TO", "Task", "rows", "run"]
+__all__ = ["ARMS", "MARKS", "RESULTS", "ROUND_TO", "Task", "loss", "now", "rows", "run", "torch_pruned"]
 
 MARKS = (0, 25, 50, 100, 200, 400, 1000)
 ROUND_TO = 8  # widths of every arm: others cost more time than they save MACs
@@ -145,37 +145,40 @@ def _scratch(task: Task, batches: list) -> tuple[nn.Module, float]:
     return model, 0.0
 
 
+def torch_pruned(model: nn.Module, batches: list, share: float, taylor: bool) -> tuple[nn.Module, float]:
+    """What Torch-Pruning makes of a network, and the seconds that took.
+
+    It has no budget in MACs, and with `round_to` more may stay where less is asked for: all ratios are tried, which is
+    not timed, and the one taken that comes closest.
+    """
+    import torch_pruning as tp
+
+    example = batches[0][0][:1]
+    dense = tp.utils.count_ops_and_params(model, example)[0]
+
+    def pruned(ratio: float) -> nn.Module:
+        small = copy.deepcopy(model)
+        if taylor:
+            for batch in batches[:_TAYLOR_BATCHES]:
+                loss(small.train(), batch).backward()
+        head = [m for m in small.modules() if isinstance(m, nn.Linear)][-1:]
+        kind = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
+        pruner = tp.pruner.MagnitudePruner(
+            small.eval(), example, importance=kind, pruning_ratio=ratio, ignored_layers=head, round_to=ROUND_TO
+        )
+        pruner.step()
+        small.zero_grad(set_to_none=True)
+        return small
+
+    def macs(ratio: float) -> float:
+        return tp.utils.count_ops_and_params(pruned(ratio), example)[0] / dense
+
+    ratio = min((step / 50 for step in range(50)), key=lambda ratio: abs(macs(ratio) - share))
+    return timed(lambda: pruned(ratio))
+
+
 def _torch_pruning(taylor: bool) -> Arm:
-    """It has no budget in MACs, and with `round_to` more may stay where less is asked for: all ratios are tried, which
-    is not timed, and the one taken that comes closest."""
-
-    def arm(task: Task, batches: list) -> tuple[nn.Module, float]:
-        import torch_pruning as tp
-
-        model, example = task.dense(), batches[0][0][:1]
-        dense = tp.utils.count_ops_and_params(model, example)[0]
-
-        def pruned(ratio: float) -> nn.Module:
-            small = copy.deepcopy(model)
-            if taylor:
-                for batch in batches[:_TAYLOR_BATCHES]:
-                    loss(small.train(), batch).backward()
-            head = [m for m in small.modules() if isinstance(m, nn.Linear)][-1:]
-            kind = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
-            pruner = tp.pruner.MagnitudePruner(
-                small.eval(), example, importance=kind, pruning_ratio=ratio, ignored_layers=head, round_to=ROUND_TO
-            )
-            pruner.step()
-            small.zero_grad(set_to_none=True)
-            return small
-
-        def macs(ratio: float) -> float:
-            return tp.utils.count_ops_and_params(pruned(ratio), example)[0] / dense
-
-        ratio = min((step / 50 for step in range(50)), key=lambda ratio: abs(macs(ratio) - task.macs))
-        return timed(lambda: pruned(ratio))
-
-    return arm
+    return lambda task, batches: torch_pruned(task.dense(), batches, task.macs, taylor)
 
 
 ARMS: dict[str, Arm] = {

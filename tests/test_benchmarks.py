@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import accuracy_table, data, gpu_suite
+from benchmarks import accuracy_table, data, early, gpu_suite
 from benchmarks.time_to_accuracy import ARMS, MARKS, Task
 
 
@@ -161,3 +161,28 @@ def test_gpu_suite_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(gpu_suite.main, ["--output", str(tmp_path)])
     assert done.exit_code == 1 and "no GPU here" in done.output and not any(tmp_path.iterdir())
+
+
+def early_row(arm: str, seed: int, accuracy: float, seconds: float, cut: int | None = None) -> dict:
+    known = {"arm": arm, "network": "resnet18", "seed": seed, "epochs": 30, "cut_epoch": cut}
+    return known | {
+        "accuracy": accuracy,
+        "seconds": seconds,
+        "step_ms": 10.0,
+        "peak_bytes": 1 << 20,
+        "macs_reached": 0.25,
+    }
+
+
+def test_the_page_of_early_pruning_prints_losses_too():
+    found = [early_row("dense", seed, 0.92, 100.0) for seed in range(2)]
+    found += [early_row("Taylor, at the start", seed, 0.90, 30.0, 0) for seed in range(2)]
+    found += [early_row("train, Torch-Pruning L2, fine-tune", seed, 0.918, 60.0, 15) for seed in range(2)]
+    found += [early_row(early.MINE, seed, 0.915, 60.0, 7) for seed in range(2)]
+    scans = {("resnet18", "taylor", 0): early.Scan([1, 7], [0.93, 0.92], [float("nan"), 0.9], 7, 0.944)}
+    page = early.render(MACHINE, found, scans)
+    assert "**missed**: EarlyPruner, taylor takes 0.60 of dense's time" in page
+    assert "- met: it ends 0.5 points below dense" in page
+    assert "**missed**: it is -0.3 points from the best of train-prune-fine-tune" in page
+    assert "- met: it is +1.5 points from the best of pruning at the start" in page
+    assert "**missed**: within 0.5 points of the best" in page

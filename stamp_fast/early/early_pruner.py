@@ -65,7 +65,7 @@ class EarlyPruner:
         floor: fraction of every group that stays; one neuron does in any case.
 
     Attributes:
-        history: neurons that stay in each group of `groups`, of every epoch until the cut.
+        history: neurons that stay in each group of `groups`, not rounded, of every epoch until the cut.
         indicators: EPI of every epoch until the cut; the first is NaN.
         cut_epoch: number of `epoch_end` calls, from 1, at which it was cut; None before.
 
@@ -123,7 +123,8 @@ class EarlyPruner:
         self._ranks = Ranks(model)
         self._watch()
         self._dense = {name: getattr(self._graph, name)() for name in budget.asked()}
-        self._dominant(filter_norms(self._graph))  # a budget out of reach is an error now
+        options = {"ranking": _RANKING, "round_to": round_to, "floor": floor}
+        self._graph.select(filter_norms(self._graph), budget, **options)  # one that is out of reach is an error now
 
     def _watch(self) -> None:
         """Traces the network as it is."""
@@ -214,9 +215,8 @@ class EarlyPruner:
         return self._gradients.mean(self._ranks.sum)
 
     def _dominant(self, scores: torch.Tensor) -> torch.Tensor:
-        """The sub-network that pruning now would leave."""
-        options = {"ranking": _RANKING, "round_to": self.round_to, "floor": self.floor}
-        return self._graph.select(scores, self.budget, **options)
+        """The sub-network that pruning now would leave, but for rounding, which would make its widths jump."""
+        return self._graph.select(scores, self.budget, ranking=_RANKING, floor=self.floor)
 
     def _cut_step(self) -> bool:
         """The next of `steps` cuts, in all processes or in none; False where the network is too coarse for it."""
