@@ -59,7 +59,9 @@ class EarlyPruner:
         window: epochs that a sub-network is compared with.
         cap: number of epochs after which the cut is made though nothing has settled; None: never.
         steps: 1 cuts at once; more, in so many steps along an exponential curve, `every` calls of `observe` apart.
-        ema: an average of the weights, cut along.
+        ema: an average of the weights of what is cut, cut along.
+        inside: name of the part of the model that is cut, as in `model.get_submodule`; "" for all of it. `example` and
+            `keep` are that part's.
         keep: names of modules or parameters whose channels all stay.
         round_to: widths that are cut stay multiples of it.
         floor: fraction of every group that stays; one neuron does in any case.
@@ -87,6 +89,7 @@ class EarlyPruner:
         steps: int = 1,
         every: int = 40,
         ema: nn.Module | None = None,
+        inside: str = "",
         keep: Collection[str] = (),
         round_to: int | None = None,
         floor: float = 0.0,
@@ -117,7 +120,7 @@ class EarlyPruner:
         self.indicators: list[float] = []
         self.cut_epoch: int | None = None
         self._steps_done = self._observed = 0
-        self._network = original(model)
+        self._network = _part(original(model), inside)
         check_model(self._network)
         state_by_parameter(self._network, optimizer)  # one that cannot be cut is an error now
         self._ranks = Ranks(model)
@@ -263,7 +266,7 @@ class EarlyPruner:
         return Budget(**{name: min(1.0, ask**progress / now[name]) for name, ask in self.budget.asked().items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, beside those of model, optimizer and schedule; numbers, strings and tensors only."""
+        """For a checkpoint, beside those of model, optimizer and schedule. JSON can hold it."""
         return {
             "history": self.history,
             "indicators": self.indicators,
@@ -271,38 +274,38 @@ class EarlyPruner:
             "steps_done": self._steps_done,
             "observed": self._observed,
             "gradients": None if self._gradients is None else self._gradients.state_dict(),
+            "dense": self._dense,
             "plan": plan_of(self._network).to_json() if self._steps_done else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the checkpoint was made. Before `load_state_dict` of model, average and optimizer, in a program
-        that has made all of them anew: a network that was cut by then is cut here.
+        that has made all of them anew: a network that was cut by then is cut here, where it is not yet (`cut_as_in`).
 
         Raises:
-            CheckpointError: not of an `EarlyPruner` of this network; or this one has been cut already.
+            CheckpointError: not of an `EarlyPruner` of this network, or this one has been cut otherwise.
         """
-        missing = {"history", "indicators", "cut_epoch", "steps_done", "observed", "gradients", "plan"} - state.keys()
+        missing = {"history", "indicators", "cut_epoch", "steps_done", "observed", "gradients", "dense", "plan"}
+        missing -= state.keys()
         if missing:
             raise CheckpointError(f"EarlyPruner: the state has no {', '.join(sorted(missing))}")
-        if self._steps_done:
-            raise CheckpointError("EarlyPruner: this network is cut already; load into one of a dense network")
         if (state["gradients"] is None) != (self._gradients is None):
             raise CheckpointError("EarlyPruner: the state is of another importance=")
-        if any(len(counts) != len(self._graph.prunable) for counts in state["history"]):
+        if self._steps_done:
+            raise CheckpointError("EarlyPruner: this network is cut already; load into one of a dense network")
+        groups = len(self._graph.prunable)
+        if state["plan"] is None and any(len(counts) != groups for counts in state["history"]):
             raise CheckpointError("EarlyPruner: the state is of a network with other groups, or of another keep=")
-        if state["plan"] is not None:
-            plan = PruningPlan.from_json(state["plan"])
-            apply_plan(self._network, plan)
-            if self.ema is not None:
-                apply_plan(original(getattr(self.ema, "module", self.ema)), plan)
+        if state["plan"] is not None and plan_of(self._network).to_json() != state["plan"]:
+            cut_as_in(state, self._network, self.ema)
             self._watch()
             rebucket(self.model)
+        if self._gradients is not None:
+            self._gradients.load_state_dict(state["gradients"])
         self.history = [list(counts) for counts in state["history"]]
         self.indicators = list(state["indicators"])
         self.cut_epoch, self._steps_done = state["cut_epoch"], state["steps_done"]
-        self._observed = state["observed"]
-        if self._gradients is not None:
-            self._gradients.load_state_dict(state["gradients"])
+        self._observed, self._dense = state["observed"], dict(state["dense"])
 
     def __repr__(self) -> str:
         what = f"EarlyPruner({self.importance}, tau={self.tau}, window={self.window}"
@@ -310,6 +313,30 @@ class EarlyPruner:
             return f"{what}: cut in epoch {self.cut_epoch}, {self._steps_done} of {self.steps} steps done)"
         last = f", EPI {self.indicators[-1]:.3f}" if self.indicators else ""
         return f"{what}: watching, {len(self.history)} epochs{last})"
+
+
+def cut_as_in(state: dict[str, Any], model: nn.Module, ema: nn.Module | None = None) -> None:
+    """Cuts a dense network, and its average, as it was when an `EarlyPruner` gave this state.
+
+    Args:
+        model: what the `EarlyPruner` had, or the part of it that it cut.
+
+    Raises:
+        CheckpointError: another architecture, or pruned already.
+    """
+    if state["plan"] is None:
+        return
+    plan = PruningPlan.from_json(state["plan"])
+    apply_plan(model, plan)
+    if ema is not None:
+        apply_plan(original(getattr(ema, "module", ema)), plan)
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ArgumentError(f"inside: the model has no submodule '{name}'") from error
 
 
 def _quietly(phase: str) -> contextlib.AbstractContextManager[None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from ..graph import ChannelGraph
 from ..graph.graph import Slot
 from ..importance.scores import sum_of_others
@@ -100,12 +101,21 @@ class GradientScores:
         self._sum.zero_()
         self._batches.zero_()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"sum": self._sum.cpu(), "batches": self._batches.cpu()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self._sum.tolist(), "batches": self._batches.item()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self._sum.copy_(state["sum"])
-        self._batches.copy_(state["batches"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            CheckpointError: of a network with another number of classes.
+        """
+        if len(state["sum"]) != len(self._sum):
+            raise CheckpointError(
+                f"EarlyPruner: the state has gradients of {len(state['sum'])} classes, the network {len(self._sum)}; "
+                "another network, or another keep="
+            )
+        self._sum.copy_(torch.tensor(state["sum"]))
+        self._batches.fill_(state["batches"])
 
 
 def _first_that_emits(
