@@ -77,6 +77,14 @@ def test_files(tmp_path):
         assert figure.width > 500
 
 
+def test_runs_at_another_learning_rate_are_another_place():
+    found = [row("dense", 1.0, 0, 0.9, 100.0), {**row("dense", 1.0, 0, 0.8, 100.0), "lr": 0.02}]
+    places = accuracy_table.collect(found)
+    assert [place.lr for place in places] == [0.05, 0.02]
+    assert len({place.figure for place in places}) == 2
+    assert all(len(budgets[1.0]["dense"].rows) == 1 for budgets in places.values())
+
+
 def test_batches_are_the_same_for_the_same_seed():
     dataset = torch.utils.data.TensorDataset(torch.arange(10.0), torch.arange(10))
     one, same, other = (data.batches(dataset, 4, 5, seed) for seed in (0, 0, 1))
