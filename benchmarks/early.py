@@ -150,7 +150,7 @@ def then_fine_tuned(taylor: bool) -> Arm:
 
 def early(importance: str, **options: Any) -> Arm:
     def arm(training: Training) -> dict[str, Any]:
-        pruner = training.timed(lambda: early_pruner(training.model, training.optimizer, importance, **options))
+        pruner = training.timed(lambda: early_pruner(training, importance, **options))
         for _ in range(training.epochs):
             training.run_epoch(pruner.observe)
             training.timed(pruner.epoch_end)
@@ -159,10 +159,10 @@ def early(importance: str, **options: Any) -> Arm:
     return arm
 
 
-def early_pruner(model: nn.Module, optimizer: Any, importance: str, **options: Any) -> EarlyPruner:
+def early_pruner(training: Training, importance: str, **options: Any) -> EarlyPruner:
+    settings = {"budget": Budget(macs=_MACS), "cap": training.epochs // 3, "round_to": ROUND_TO, **options}
     example = torch.zeros(2, 3, 32, 32)
-    settings = {"cap": _EPOCHS // 3, "round_to": ROUND_TO, **options}
-    return EarlyPruner(model, optimizer, example, budget=Budget(macs=_MACS), importance=importance, **settings)
+    return EarlyPruner(training.model, training.optimizer, example, importance=importance, **settings)
 
 
 ARMS: dict[str, Arm] = {
@@ -347,9 +347,12 @@ def main(
         made = _kept_scans(results.parent)
         for (network, kind, seed), one in made.items():
             one.plot(docs / _figure(network, kind, seed), f"{network}, {kind}, seed {seed}")
-        (docs / "early.md").write_text(render(machine, list(rows(results)), made))
+        found = [row for row in rows(results) if row["epochs"] == _EPOCHS]
+        (docs / "early.md").write_text(render(machine, found, made))
         return
     if scans:
+        if epochs != _EPOCHS:
+            raise click.UsageError(f"--scan: is of {_EPOCHS} epochs")
         for network in networks:
             for seed in range(seeds):
                 path = results.parent / f"early_scan-{network}-{importance}-{seed}.json"

@@ -66,7 +66,8 @@ def select_and_cut(
 
 
 def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None) -> torch.Tensor:
-    return graph.select(ranked.scores, budget, ranking=ranked.ranking, round_to=round_to, floor=ranked.floor)
+    options = {"ranking": ranked.ranking, "round_to": round_to, "floor": ranked.floor, "exact": ranked.exact}
+    return graph.select(ranked.scores, budget, **options)
 
 
 def chosen(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None, strict: bool) -> torch.Tensor:

@@ -26,6 +26,7 @@ class Ranking:
     scores: torch.Tensor
     ranking: str
     floor: float = 0.0
+    exact: bool = True  # False: a choice that fits is good enough, however far below the budget
     folded: bool = False  # what goes was folded into what stays
 
 
@@ -74,7 +75,7 @@ def _stamp(request: Request) -> Ranking:
         on_step=request.on_step,
     )
     folded = request.reconstruction and settings.mode == "joint" and request.steps > 0
-    return Ranking(scores, "global", settings.floor, folded)
+    return Ranking(scores, "global", settings.floor, folded=folded)
 
 
 def _taylor(request: Request) -> Ranking:

@@ -74,6 +74,8 @@ def rebucket(model: nn.Module) -> None:
     if wrapper is None:
         return
     wrapper.reducer = None  # its hooks go first
+    # With static_graph the first backward asks each reducer once for the reduction at its end.
+    wrapper._static_graph_delay_allreduce_enqueued = False
     parameters, sparse = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
@@ -81,6 +83,9 @@ def rebucket(model: nn.Module) -> None:
         wrapper.reducer._set_static_graph()
         wrapper.logger._set_static_graph()
     for hook, state in wrapper._comm_hooks:
+        for kept in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD's, of the old buckets
+            if isinstance(getattr(state, kept, None), dict):
+                getattr(state, kept).clear()
         distributed._register_comm_hook(wrapper.reducer, state, hook)
 
 

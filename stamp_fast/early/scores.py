@@ -20,7 +20,7 @@ def filter_norms(graph: ChannelGraph) -> torch.Tensor:
     Coupled filters count as one (our reading). A depthwise filter follows the neuron that it filters; classes that only
     such filters, or parameters of one dim, emit take those.
     """
-    return _first_that_emits(graph, [_is_filter, _is_matrix, _any], lambda slot: slot.tensor.detach().square()).sqrt()
+    return _mean_square(graph, [_is_filter, _is_matrix, _any]).sqrt()
 
 
 class GradientScores:
@@ -60,6 +60,8 @@ class GradientScores:
         self._classes = torch.cat(classes).to(graph.device)
         self._sum = torch.zeros(graph.num_classes, dtype=torch.float32, device=graph.device)
         self._batches = torch.zeros((), dtype=torch.float32, device=graph.device)
+        self._seen = torch.zeros_like(self._batches)
+        self._graph = graph
 
     @torch.no_grad()
     def add(self, scale: float = 1.0) -> None:
@@ -74,7 +76,7 @@ class GradientScores:
             if grad is None:
                 parts.append(self._sum.new_zeros(live.numel()))
             else:
-                product = (weight * grad.to_dense() if grad.is_sparse else weight * grad).float()
+                product = weight.float() * (grad.to_dense() if grad.is_sparse else grad).float()
                 parts.append(sum_of_others(product, dim)[live])
         if all(slot.tensor.grad is None for slot, _, _ in self._terms):
             raise ArgumentError("observe: no parameter has a gradient; call it after backward(), before zero_grad()")
@@ -82,6 +84,7 @@ class GradientScores:
         finite = signed.isfinite().all()  # stays on the device: no wait for a GPU
         self._sum += torch.where(finite, signed.abs(), 0)
         self._batches += finite
+        self._seen += 1
 
     def mean(self, total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values) -> torch.Tensor:
         """Average over the mini-batches since `reset`: float32, [num_classes], on the CPU.
@@ -92,17 +95,26 @@ class GradientScores:
         Raises:
             ArgumentError: there was none with finite gradients.
         """
-        values = total(torch.cat([self._sum, self._batches[None]])).cpu()
-        if not values[-1]:
-            raise ArgumentError("epoch_end: no gradient was observed; call observe() in every step, after backward()")
-        return values[:-1] / values[-1]
+        values = total(torch.cat([self._sum, self._batches[None], self._seen[None]])).cpu()
+        scores, (finite, seen) = values[:-2], values[-2:]
+        if not seen:
+            raise ArgumentError("EarlyPruner: nothing was observed; call observe() in every step, after backward()")
+        if not finite:
+            raise ArgumentError(f"EarlyPruner: the gradients of all {int(seen)} steps observed are NaN or inf")
+        for group in self._graph.prunable:
+            if not bool(scores[group.classes].any()):
+                raise ArgumentError(
+                    f"EarlyPruner: the channels of '{group.name}' had no gradient in any of {int(seen)} steps; call "
+                    f"observe() while all gradients are there, before zero_grad(), or keep=['{group.name}']"
+                )
+        return scores / finite
 
     def reset(self) -> None:
-        self._sum.zero_()
-        self._batches.zero_()
+        for counted in (self._sum, self._batches, self._seen):
+            counted.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self._sum.tolist(), "batches": self._batches.item()}
+        return {"sum": self._sum.tolist(), "batches": self._batches.item(), "seen": self._seen.item()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -116,12 +128,11 @@ class GradientScores:
             )
         self._sum.copy_(torch.tensor(state["sum"]))
         self._batches.fill_(state["batches"])
+        self._seen.fill_(state["seen"])
 
 
-def _first_that_emits(
-    graph: ChannelGraph, kinds: list[Callable[[Slot], bool]], values: Callable[[Slot], torch.Tensor]
-) -> torch.Tensor:
-    """Per class the mean of `values` over all elements of the parameters that emit it, of the first kind that does."""
+def _mean_square(graph: ChannelGraph, kinds: list[Callable[[Slot], bool]]) -> torch.Tensor:
+    """Per class, of all elements of the parameters that emit it, those of the first kind that do."""
     result = torch.zeros(graph.num_classes, dtype=torch.float32)
     open_ = torch.ones(graph.num_classes, dtype=torch.bool)
     emitters = _emitters(graph)
@@ -129,7 +140,7 @@ def _first_that_emits(
         sums, counts = torch.zeros_like(result), torch.zeros_like(result)
         for slot, dim, axis, live in emitters:
             if kind(slot):
-                sums.index_add_(0, axis[live], sum_of_others(values(slot).float(), dim).cpu()[live])
+                sums.index_add_(0, axis[live], sum_of_others(slot.tensor.detach().float().square(), dim).cpu()[live])
                 counts.index_add_(0, axis[live], torch.full_like(live, slot.tensor.numel() // len(axis)).float())
         take = open_ & (counts > 0)
         result[take] = sums[take] / counts[take]
@@ -158,8 +169,9 @@ def _is_matrix(slot: Slot) -> bool:
 
 
 def _is_filter(slot: Slot) -> bool:
-    """Not a depthwise one, which reads a single channel."""
-    return slot.tensor.dim() > 1 and slot.tensor.shape[1] > 1
+    """Not a depthwise one, each of whose groups reads a single channel."""
+    grouped = any(getattr(module, "groups", 1) > 1 for module, _ in slot.owners)
+    return slot.tensor.dim() > 1 and not (grouped and slot.tensor.shape[1] == 1)
 
 
 def _any(slot: Slot) -> bool:

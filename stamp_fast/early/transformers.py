@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import CheckpointError
-from .early_pruner import EarlyPruner, _part, cut_as_in
+from .early_pruner import EarlyPruner, cut_as_in, part_of
 
 _FILE = "early_pruner.json"
 
@@ -23,6 +25,8 @@ class EarlyPruning(TrainerCallback):
         pruning = EarlyPruning(trainer, images[:2], budget=Budget(macs=0.25), cap=10)
         trainer.add_callback(pruning)
         trainer.train()
+
+    At the cut the best checkpoint so far is forgotten: it does not fit any more.
 
     To go on from a checkpoint call `pruning.resume(folder)` before `trainer.train(resume_from_checkpoint=folder)`.
 
@@ -39,6 +43,7 @@ class EarlyPruning(TrainerCallback):
         self.trainer, self.example, self.options = trainer, example, options
         self.pruner: EarlyPruner | None = None
         self._state: dict[str, Any] | None = None
+        self._epochs: int | None = None  # whose end was seen
 
     def resume(self, folder: str | PathLike) -> None:
         """Takes what it had when the checkpoint was written; a model that was cut by then is cut now.
@@ -48,17 +53,25 @@ class EarlyPruning(TrainerCallback):
         """
         path = Path(folder) / _FILE
         try:
-            self._state = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            found = json.loads(path.read_text())
+            self._state, self._epochs = found["pruner"], found["epochs"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"EarlyPruning: cannot read '{path}': {error}") from error
-        cut_as_in(self._state, _part(self.trainer.model, self.options.get("inside", "")))
+        cut_as_in(self._state, self._network(), self.options.get("ema"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         optimizer = self.trainer.optimizer
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside of accelerate's
-        self.pruner = EarlyPruner(self.trainer.model_wrapped, optimizer, self.example, **self.options)
-        if self._state is not None:
-            self.pruner.load_state_dict(self._state)
+        if self.pruner is not None and self.pruner.network is self._network():  # train again
+            self._state = self.pruner.state_dict()
+        model = self.trainer.model_wrapped
+        self.pruner = EarlyPruner(model, optimizer, self.example, **self.options, state=self._state)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        epoch = math.floor(round(state.epoch or 0.0, 6))
+        if self._epochs is not None and epoch > self._epochs:
+            self._end_epoch(state)  # the checkpoint was written just before it
+        self._epochs = epoch
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -68,9 +81,17 @@ class EarlyPruning(TrainerCallback):
         self.pruner.observe(1.0 if unscaled else scaler.get_scale())
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.pruner.epoch_end()
+        self._end_epoch(state)
+        self._epochs = round(state.epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            (folder / _FILE).write_text(json.dumps(self.pruner.state_dict()))
+            (folder / _FILE).write_text(json.dumps({"pruner": self.pruner.state_dict(), "epochs": self._epochs}))
+
+    def _end_epoch(self, state: TrainerState) -> None:
+        if self.pruner.epoch_end():
+            state.best_metric = state.best_model_checkpoint = None
+
+    def _network(self) -> nn.Module:
+        return part_of(self.trainer.model, self.options.get("inside", ""))

@@ -37,7 +37,7 @@ def apply(graph: ChannelGraph, plan: Plan, optimizer: Optimizers, ema: nn.Module
         puts.append(put)
 
     states = state_by_parameter(graph.model, optimizer)
-    average = _matching(graph, ema)
+    average = matching(graph, ema)
     for i, slot in enumerate(graph.slots):
         if not plan.shrinks(i):
             continue
@@ -83,7 +83,7 @@ def _gather(plan: Plan, slot_of: list[int], tensors: list[torch.Tensor]) -> list
     return [new[i] for i in range(len(tensors))]
 
 
-def _matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Tensor] | None:
+def matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Tensor] | None:
     """The average's parameters and buffers by the model's names.
 
     Raises:
@@ -91,7 +91,7 @@ def _matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Ten
     """
     if ema is None:
         return None
-    inner = _inner(graph, ema)
+    inner = copy_inside(ema, graph.slots[0].name if graph.slots else "")
     if inner is graph.model:
         raise ArgumentError("ema: is the model itself; give a copy of it, or leave it out")
     named = slot_tensors(inner)
@@ -104,12 +104,15 @@ def _matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Ten
     return named
 
 
-def _inner(graph: ChannelGraph, ema: Any) -> nn.Module:
-    """The copy of the model in its average, which may be wrapped (`AveragedModel`) or compiled."""
+def copy_inside(ema: Any, tensor: str) -> nn.Module:
+    """The copy of the model in its average, which may be wrapped (`AveragedModel`) or compiled.
+
+    Args:
+        tensor: name of one of the model's parameters or buffers.
+    """
     if not isinstance(ema, nn.Module):
         raise ArgumentError(f"ema: expected a torch.nn.Module, got {type(ema).__name__}; cut its copy of the model")
-    first = graph.slots[0].name if graph.slots else ""
-    while first not in slot_tensors(ema):
+    while tensor not in slot_tensors(ema):
         inside = getattr(ema, "_orig_mod", None) or getattr(ema, "module", None)
         if not isinstance(inside, nn.Module):
             break
@@ -121,7 +124,8 @@ def _twin_modules(graph: ChannelGraph, ema: nn.Module | None) -> dict[nn.Module,
     """For each module of the model the one of the same name in its average, if there is an average."""
     if ema is None:
         return {}
-    named = dict(_inner(graph, ema).named_modules())
+    inside = copy_inside(ema, graph.slots[0].name if graph.slots else "")
+    named = dict(inside.named_modules())
     return {module: (named[name],) for name, module in graph.model.named_modules() if name in named}
 
 

@@ -26,6 +26,11 @@ def listed(optimizer: Any) -> list[torch.optim.Optimizer]:
     for one in found:
         if not isinstance(one, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}")
+        if isinstance(getattr(one, "optim", None), torch.optim.Optimizer):
+            raise ArgumentError(
+                f"optimizer: {type(one).__name__} shards its state over processes, so that it cannot be cut; use an "
+                "ordinary optimizer"
+            )
     return found
 
 

@@ -76,6 +76,53 @@ class TestLightning:
         for value, other in zip(expected.state_dict().values(), found.state_dict().values(), strict=True):
             assert torch.equal(value, other)
 
+    def test_it_is_made_once(self, module, tmp_path):
+        """Another fit goes on, and a checkpoint of the cut network can be tested."""
+        from stamp_fast.early.lightning import EarlyPruning
+
+        callback = EarlyPruning(IMAGES[:2], **OPTIONS)
+        trainer, model = self.fitted(module, tmp_path, callback, 3)
+        trainer.save_checkpoint(tmp_path / "checkpoint")
+        before = widths(model)
+        trainer.fit_loop.max_epochs = 6
+        trainer.fit(model, DataLoader(TensorDataset(IMAGES, LABELS), 8))
+        assert widths(model) == before and callback.pruner.cut_epoch == 2
+        model.test_step = model.training_step
+        trainer.test(model, DataLoader(TensorDataset(IMAGES, LABELS), 8), ckpt_path=tmp_path / "checkpoint")
+        assert widths(model) == before
+
+    def test_an_average_that_lightning_keeps(self, module, tmp_path):
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        from stamp_fast.early.lightning import EarlyPruning
+
+        averaging = EMAWeightAveraging(decay=0.9)
+        trainer = self.pl.Trainer(
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            callbacks=[averaging, EarlyPruning(IMAGES[:2], **OPTIONS)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        model = module()
+        trainer.fit(model, DataLoader(TensorDataset(IMAGES, LABELS), 8))
+        assert max(widths(model)) < 24
+
+    @pytest.mark.parametrize("stop", [1, 3])
+    def test_an_average_is_cut_on_resuming(self, module, tmp_path, stop):
+        from stamp_fast.early.lightning import EarlyPruning
+
+        def callback():
+            return EarlyPruning(IMAGES[:2], inside="net", ema=Net(), **OPTIONS)
+
+        trainer, _ = self.fitted(module, tmp_path, callback(), stop)
+        trainer.save_checkpoint(tmp_path / "checkpoint")
+        resumed = callback()
+        _, found = self.fitted(module, tmp_path, resumed, EPOCHS, tmp_path / "checkpoint")
+        assert widths(resumed.options["ema"]) == widths(found)
+
 
 class TestTransformers:
     transformers = pytest.importorskip("transformers")
@@ -103,7 +150,8 @@ class TestTransformers:
             num_train_epochs=epochs,
             per_device_train_batch_size=8,
             learning_rate=0.01,
-            save_strategy="epoch",
+            save_strategy="steps",
+            save_steps=1,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -124,15 +172,23 @@ class TestTransformers:
         trainer.train()
         assert callback.pruner.cut_epoch == 2
         assert max(widths(trainer.model)) < 24
-        for step in (2, 6):  # of two an epoch: before the cut and after it
+        for step in range(1, 2 * EPOCHS):  # of two an epoch: before the cut, at epochs' ends, after the cut
             again, resumed = self.pruned(tmp_path / "again", EPOCHS)
             folder = tmp_path / f"checkpoint-{step}"
             resumed.resume(folder)
             again.train(resume_from_checkpoint=str(folder))
             assert resumed.pruner.cut_epoch == 2
+            assert resumed.pruner.history == callback.pruner.history
             found = again.model.state_dict()
             for name, value in trainer.model.state_dict().items():
                 torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+    def test_it_is_made_once(self, tmp_path):
+        trainer, callback = self.pruned(tmp_path, 3)
+        trainer.train()
+        before = widths(trainer.model)
+        trainer.train()
+        assert widths(trainer.model) == before and callback.pruner.cut_epoch == 2
 
     def test_a_checkpoint_without_it(self, tmp_path):
         _, callback = self.pruned(tmp_path, 1)

@@ -1,6 +1,9 @@
 """A cut in mid-training: when it is made, and that everything goes on."""
 
 import copy
+import json
+import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stamp_fast import ArgumentError, Budget, BudgetError, CheckpointError, CompactionError, trace
-from stamp_fast.early import EarlyPruner, early_pruner, indicator, similarity
+from stamp_fast.early import EarlyPruner, cut_as_in, early_pruner, indicator
 from stamp_fast.graph import ChannelGraph
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -116,23 +119,10 @@ def test_a_ranking_by_layer_would_say_nothing(monkeypatch):
     assert all(counts == histories["local"][0] for counts in histories["local"])
     assert indicator(histories["local"]) == 1
     assert indicator(histories["global"]) < 1
-    assert early_pruner.EarlyPruner.__init__.__kwdefaults__.get("ranking") is None  # nobody can ask for it
 
 
 def test_the_module_ranks_globally():
     assert early_pruner._RANKING == "global"
-
-
-def masked_run(model, optimizer, keep, steps):
-    """The same steps in the dense network with the dead channels' readers at zero."""
-    graph = trace(model, IMAGES[:2])
-    plan = graph.plan(keep)
-    for _ in range(steps):
-        with graph.masked(plan):
-            loss(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return graph, plan
 
 
 @pytest.mark.parametrize("make", [sgd, lambda model: torch.optim.AdamW(model.parameters(), 1e-2)])
@@ -308,7 +298,10 @@ def test_a_state_of_another_network_is_refused():
     pruner = pruner_of(model, optimizer, cap=2)
     epoch(pruner, optimizer)
     with pytest.raises(CheckpointError, match="groups"):
-        pruner_of(Net(), keep=["stem.weight"], budget=Budget(macs=0.9)).load_state_dict(pruner.state_dict())
+        pruner_of(Net()).load_state_dict({**pruner.state_dict(), "groups": ["stem"]})
+    for name, value in (("budget", HALF_OF_ALL), ("steps", 3), ("floor", 0.1), ("window", 2)):
+        with pytest.raises(CheckpointError, match=f"another {name}="):
+            pruner_of(Net(), **{name: value}).load_state_dict(pruner.state_dict())
     epoch(pruner, optimizer)
     with pytest.raises(CheckpointError, match="cut already"):
         pruner.load_state_dict(pruner.state_dict())
@@ -337,7 +330,7 @@ def test_a_cut_that_fails_changes_nothing(monkeypatch):
     assert pruner.epoch_end()  # the same scores: it can be tried again
 
 
-def fails(graph, ranked, budget, round_to, optimizer, *rest):
+def fails(graph, ranked, budget, round_to, optimizer, **rest):
     """Cuts, and only then fails."""
     keep = graph.select(ranked.scores, budget)
     graph.compact(keep, optimizer)
@@ -389,4 +382,114 @@ def test_only_widths_are_kept_of_an_epoch():
     for _ in range(3):
         epoch(pruner, optimizer)
     assert [len(counts) for counts in pruner.history] == [2, 2, 2]
-    assert similarity(pruner.history[-1], pruner.history[-1]) == 1
+
+
+def test_the_dense_network_is_let_go():
+    model = Net()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, cap=1)
+    storage = weakref.ref(model.up.weight.untyped_storage())
+    epoch(pruner, optimizer)
+    assert storage() is None
+
+
+def test_rounding_and_floor_hold_for_the_cut():
+    model = Net()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, cap=1, round_to=4, budget=Budget(macs=0.5))
+    epoch(pruner, optimizer)
+    assert model.up.out_channels % 4 == 0 and model.stem.out_channels % 4 == 0
+    model = Net()
+    with torch.no_grad():
+        model.up.weight.mul_(1e-3)
+    pruner = pruner_of(model, importance="magnitude", cap=1, floor=0.5, budget=HALF_OF_ALL)
+    pruner.epoch_end()
+    assert model.up.out_channels == 12
+
+
+def test_gradients_are_those_of_the_epoch():
+    """What an epoch has seen says nothing about the next."""
+    histories = []
+    for scale in (1.0, 1e6):
+        model = Net()
+        pruner = pruner_of(model, cap=50, budget=HALF_OF_ALL)
+        torch.manual_seed(0)
+        for number in range(2):
+            loss(model).backward()
+            if number == 0:
+                model.bn_up.weight.grad *= scale
+            pruner.observe()
+            model.zero_grad()
+            pruner.epoch_end()
+        histories.append(pruner.history)
+    assert histories[0][0] != histories[1][0]
+    assert histories[0][1] == histories[1][1]
+
+
+def test_a_group_without_gradients_is_named():
+    model = Net()
+    pruner = pruner_of(model)
+    loss(model).backward()
+    for module in (model.up, model.bn_up):
+        for parameter in module.parameters():
+            parameter.grad.zero_()
+    pruner.observe()
+    with pytest.raises(ArgumentError, match="'up' had no gradient"):
+        pruner.epoch_end()
+
+
+def test_gradients_that_are_all_infinite_are_told_from_none():
+    model = Net()
+    pruner = pruner_of(model)
+    loss(model).backward()
+    model.bn.weight.grad.fill_(float("inf"))
+    pruner.observe()
+    with pytest.raises(ArgumentError, match="all 1 steps observed are NaN or inf"):
+        pruner.epoch_end()
+
+
+def test_a_state_is_a_copy_that_json_can_hold():
+    model = Net()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer)
+    epoch(pruner, optimizer)
+    state = pruner.state_dict()
+    text = json.dumps(state, allow_nan=False)
+    epoch(pruner, optimizer)
+    assert json.dumps(state, allow_nan=False) == text
+    again = pruner_of(Net())
+    again.load_state_dict(json.loads(text))
+    assert math.isnan(again.indicators[0])
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_network_that_could_not_be_cut_once_more(dense):
+    """Only one of four channels is left, as the budget asks of the dense network."""
+
+    def network():
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(4, 4))
+
+    model = network()
+    optimizer, average = sgd(model), copy.deepcopy(model)
+    pruner = pruner_of(model, optimizer, cap=1, ema=average)
+    epoch(pruner, optimizer)
+    assert model[0].out_channels == 1
+    state = pruner.state_dict()
+    again, other = network(), network()
+    if not dense:
+        cut_as_in(state, again, other)
+    resumed = pruner_of(again, sgd(again), cap=1, ema=other, state=state)
+    assert resumed.done and resumed.cut_epoch == 1
+    assert again[0].out_channels == other[0].out_channels == 1
+    assert not resumed.epoch_end() and not resumed.observe()
+    cut_as_in(state, again, other)  # once more: nothing to do
+
+
+@pytest.mark.parametrize(
+    ("ema", "message"), [("average", "ema: expected"), (nn.Linear(2, 2), "ema: has no parameter or buffer")]
+)
+def test_an_average_of_something_else_is_refused_at_once(ema, message):
+    with pytest.raises(ArgumentError, match=message):
+        pruner_of(Net(), ema=ema)

@@ -45,7 +45,10 @@ def assert_equal(one: dict, other: dict) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(2, ()), (4, ()), (2, ("--plain",)), (2, ("--uneven",))])
+KINDS = ("--plain", "--uneven", "--static_graph", "--find_unused_parameters", "--hook")
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(2, ()), (4, ()), *((2, (kind,)) for kind in KINDS)])
 def test_every_process_cuts_the_same_and_goes_on(tmp_path, ranks, options):
     first, *others = run(tmp_path, ranks, *options)
     assert first["cut"] == train_run.CAP

@@ -1,6 +1,7 @@
 """A small training with an early cut as a program: killed, resumed and spread over processes by the tests.
 
 python train_run.py FOLDER [--die-in-the-cut=RANK] [--fail-in-the-cut=RANK] [--plain] [--uneven]
+    [--static_graph] [--find_unused_parameters] [--hook]
 
 Writes FOLDER/rank-N.pt, what each process ends with, FOLDER/checkpoint after every epoch, and FOLDER/failed-N.pt, the
 network after a cut that failed.
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from stamp_fast import Budget, CompactionError
@@ -29,11 +31,11 @@ def network() -> nn.Module:
     )
 
 
-def dies(*args):
+def dies(*args, **options):
     os._exit(9)
 
 
-def fails(*args):
+def fails(*args, **options):
     raise CompactionError("on purpose")
 
 
@@ -44,7 +46,12 @@ def main() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    trained = model if "--plain" in sys.argv else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    switches = ("static_graph", "find_unused_parameters")
+    options = {"gradient_as_bucket_view": True, **{name: f"--{name}" in sys.argv for name in switches}}
+    trained = model if "--plain" in sys.argv else DistributedDataParallel(model, **options)
+    if "--hook" in sys.argv:
+        state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=0.5)
+        trained.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     pruner = EarlyPruner(trained, optimizer, torch.zeros(2, 3, 8, 8), budget=Budget(macs=0.25), cap=CAP)
     parts = {"pruner": pruner, "model": model, "optimizer": optimizer, "schedule": schedule}
     epochs = 0
