@@ -37,8 +37,9 @@ class Settings:
     """Knobs of the adaptation; the defaults are ours, chosen on glyphs -> Fashion-MNIST.
 
     Attributes:
-        mode: "joint": a quarter of the steps is for the gates, which meta-training has prepared for as few; once the
-            mask is fixed, the weights that stay are trained for all of them. "structure": all are for the gates.
+        mode: "joint": a quarter of the steps is for the gates, which meta-training has prepared for as few (without a
+            generator they were no worse for it either); once the mask is fixed, the weights that stay are trained for
+            all of them. "structure": all are for the gates.
         floor: fraction of every group that stays.
     """
 
