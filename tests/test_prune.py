@@ -374,7 +374,7 @@ def test_data_behind_an_example_is_what_is_folded_on(monkeypatch, by):
     """Batches whose form says nothing need `example`, but that is for the trace alone."""
     data = [{"pixels": x, "label": y} for x, y in batches(4, 100)]
     seen = []
-    module = sys.modules["stamp_fast.prune"]
+    module = sys.modules["stamp_fast.cutting"]
     original = module.reconstruct
     monkeypatch.setattr(
         module, "reconstruct", lambda graph, keep, inputs: seen.append(inputs) or original(graph, keep, inputs)
