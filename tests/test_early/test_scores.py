@@ -102,3 +102,20 @@ def test_without_gradients(model):
         scores.add()
     with pytest.raises(ArgumentError, match="call observe"):
         scores.mean()
+
+
+def test_a_filter_that_reads_one_channel_is_no_depthwise_one():
+    class Gray(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            return self.head((x + self.b(x)).mean((2, 3)))
+
+    model = Gray()
+    graph = trace(model, IMAGES[:2, :1])
+    filters = torch.cat([model.a.weight.flatten(1), model.b.weight.flatten(1)], 1)
+    expected = filters.norm(dim=1) / filters.shape[1] ** 0.5
+    torch.testing.assert_close(filter_norms(graph)[group_with(graph, "a")], expected)
