@@ -16,17 +16,14 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import torch
 from torch import nn
 
-import stamp_fast
 from stamp_fast import Budget, trace
 from stamp_fast.early import EarlyPruner, Scan, scan
 from stamp_fast.report.measure import compare_steps
@@ -35,7 +32,7 @@ from . import data
 from .machine import machine_info
 from .networks import cifar_mobilenet, cifar_resnet18
 from .table import markdown_table
-from .time_to_accuracy import ROUND_TO, loss, now, rows, torch_pruned
+from .time_to_accuracy import ROUND_TO, hit_rate, loss, now, rows, timed_prune, torch_pruned
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: cifar_resnet18((24, 48, 96, 192)),
@@ -93,15 +90,8 @@ def train(model: nn.Module, optimizer: Any, schedule: Any, batches: list, observ
         schedule.step()
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    model = copy.deepcopy(model).eval()
-    images, labels = (part[:_TEST_IMAGES] for part in data.target("fashion")[1].tensors)
-    hits = []
-    with torch.autocast("cpu", torch.bfloat16):
-        for part, goal in zip(images.split(500), labels.split(500), strict=True):
-            hits.append(model(part.contiguous(memory_format=torch.channels_last)).argmax(1) == goal)
-    return torch.cat(hits).float().mean().item()
+    return hit_rate(copy.deepcopy(model), data.target("fashion")[1], _TEST_IMAGES)
 
 
 # --- arms: each trains to the end and says in which epoch it cut ------------------------------------------------------
@@ -118,11 +108,7 @@ def at_start(method: str) -> Arm:
     def arm(training: Training) -> dict[str, Any]:
         batches = epoch_batches(training.seed, 1)
         options = {"budget": Budget(macs=_MACS), "loss_fn": loss, "round_to": ROUND_TO, "seed": training.seed}
-        with mock.patch.object(sys.modules["stamp_fast.prune"], "_measured", return_value=None):
-            prune = lambda: stamp_fast.prune(  # noqa: E731
-                training.model, batches, method=method, verify=False, progress=False, **options
-            )
-            training.timed(prune)
+        training.seconds += timed_prune(training.model, batches, method=method, progress=False, **options)[1]
         training.restart()
         return dense(training) | {"cut_epoch": 0}
 

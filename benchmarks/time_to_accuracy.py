@@ -30,6 +30,7 @@ import click
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import stamp_fast
 from stamp_fast import Budget, importance, trace
@@ -41,7 +42,20 @@ from . import data
 from .machine import machine_info
 from .reference import NETWORKS, generator_for, pretrained_for
 
-__all__ = ["ARMS", "MARKS", "RESULTS", "ROUND_TO", "Task", "loss", "now", "rows", "run", "torch_pruned"]
+__all__ = [
+    "ARMS",
+    "MARKS",
+    "RESULTS",
+    "ROUND_TO",
+    "Task",
+    "hit_rate",
+    "loss",
+    "now",
+    "rows",
+    "run",
+    "timed_prune",
+    "torch_pruned",
+]
 
 MARKS = (0, 25, 50, 100, 200, 400, 1000)
 ROUND_TO = 8  # widths of every arm: others cost more time than they save MACs
@@ -112,11 +126,15 @@ def pruned_by(method: str, generator: Callable[[Task], MaskGenerator] | None = N
         dense = task.dense()
         if method == "stamp":
             return timed(lambda: stamp_fast.prune(dense, batches, method=method, **more))
-        # Of a baseline the work counts, not the looking, which nobody else does: comparing outputs, measuring steps.
-        with mock.patch.object(sys.modules["stamp_fast.prune"], "_measured", return_value=None):
-            return timed(lambda: stamp_fast.prune(dense, batches, method=method, verify=False, **more))
+        return timed_prune(dense, batches, method=method, **more)
 
     return arm
+
+
+def timed_prune(model: nn.Module, batches: list, **options: Any) -> tuple[nn.Module, float]:
+    """Of a baseline the work counts, not the looking, which nobody else does: comparing outputs, measuring steps."""
+    with mock.patch.object(sys.modules["stamp_fast.prune"], "_measured", return_value=None):
+        return timed(lambda: stamp_fast.prune(model, batches, verify=False, **options))
 
 
 def _global_magnitude(task: Task, batches: list) -> tuple[nn.Module, float]:
@@ -236,8 +254,14 @@ def accuracy(model: nn.Module, task: Task) -> float:
     """On the first test images, after batch norm's statistics were taken anew from training images."""
     model = copy.deepcopy(model)
     recalibrate(model, task.batches(6), loss)
+    return hit_rate(model, data.target(task.target, task.root)[1], _TEST_IMAGES)
+
+
+@torch.no_grad()
+def hit_rate(model: nn.Module, dataset: TensorDataset, count: int) -> float:
+    """Share of the first `count` examples that the model names rightly; it is put into eval mode."""
     model.eval()
-    images, labels = (part[:_TEST_IMAGES] for part in data.target(task.target, task.root)[1].tensors)
+    images, labels = (part[:count] for part in dataset.tensors)
     with precision():
         hits = [
             model(part.contiguous(memory_format=torch.channels_last)).argmax(1) == goal

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import ArgumentError, CheckpointError
 from ..graph import ChannelGraph
 from ..graph.graph import Slot
-from ..importance.scores import sum_of_others
+from ..importance.scores import emitters, sum_of_others
 
 
 def filter_norms(graph: ChannelGraph) -> torch.Tensor:
@@ -38,14 +38,14 @@ class GradientScores:
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        emitters = [found for found in _emitters(graph) if found[0].tensor.requires_grad]
+        trained = [found for found in _scored(graph) if found[0].tensor.requires_grad]
         normed = torch.zeros(graph.num_classes, dtype=torch.bool)
-        for slot, _, axis, live in emitters:
+        for slot, _, axis, live in trained:
             if _is_norm(slot):
                 normed[axis[live]] = True
         self._terms: list[tuple[Slot, int, torch.Tensor]] = []  # with the dim, and its positions that are scored
         classes, covered = [torch.empty(0, dtype=torch.long)], torch.zeros_like(normed)
-        for slot, dim, axis, live in emitters:
+        for slot, dim, axis, live in trained:
             live = live[normed[axis[live]] == _is_norm(slot)]
             if live.numel():
                 self._terms.append((slot, dim, live.to(graph.device)))
@@ -135,10 +135,10 @@ def _mean_square(graph: ChannelGraph, kinds: list[Callable[[Slot], bool]]) -> to
     """Per class, of all elements of the parameters that emit it, those of the first kind that do."""
     result = torch.zeros(graph.num_classes, dtype=torch.float32)
     open_ = torch.ones(graph.num_classes, dtype=torch.bool)
-    emitters = _emitters(graph)
+    made = _scored(graph)
     for kind in kinds:
         sums, counts = torch.zeros_like(result), torch.zeros_like(result)
-        for slot, dim, axis, live in emitters:
+        for slot, dim, axis, live in made:
             if kind(slot):
                 sums.index_add_(0, axis[live], sum_of_others(slot.tensor.detach().float().square(), dim).cpu()[live])
                 counts.index_add_(0, axis[live], torch.full_like(live, slot.tensor.numel() // len(axis)).float())
@@ -148,16 +148,10 @@ def _mean_square(graph: ChannelGraph, kinds: list[Callable[[Slot], bool]]) -> to
     return result
 
 
-def _emitters(graph: ChannelGraph) -> list[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
+def _scored(graph: ChannelGraph) -> list[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
     """Parameters that emit classes, with the dim along which they do, its classes, and the positions that have one."""
-    found = []
-    for i, slot in enumerate(graph.slots):
-        reading = graph.reader_dim(i)
-        dims = [d for d, axis in enumerate(slot.axes) if axis is not None and d != reading]
-        if slot.is_parameter and dims:
-            axis = slot.axes[dims[0]]
-            found.append((slot, dims[0], axis, (axis >= 0).nonzero().flatten()))
-    return found
+    found = [(slot, dim, slot.axes[dim]) for slot, dim in emitters(graph)]
+    return [(slot, dim, axis, (axis >= 0).nonzero().flatten()) for slot, dim, axis in found]
 
 
 def _is_norm(slot: Slot) -> bool:

@@ -91,7 +91,7 @@ def matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Tens
     """
     if ema is None:
         return None
-    inner = copy_inside(ema, graph.slots[0].name if graph.slots else "")
+    inner = _inner(graph, ema)
     if inner is graph.model:
         raise ArgumentError("ema: is the model itself; give a copy of it, or leave it out")
     named = slot_tensors(inner)
@@ -102,6 +102,10 @@ def matching(graph: ChannelGraph, ema: nn.Module | None) -> dict[str, torch.Tens
         if theirs != slot.tensor.shape:
             raise ArgumentError(f"ema: '{slot.name}' has shape {tuple(theirs)}, the model's {tuple(slot.tensor.shape)}")
     return named
+
+
+def _inner(graph: ChannelGraph, ema: Any) -> nn.Module:
+    return copy_inside(ema, graph.slots[0].name if graph.slots else "")
 
 
 def copy_inside(ema: Any, tensor: str) -> nn.Module:
@@ -124,8 +128,7 @@ def _twin_modules(graph: ChannelGraph, ema: nn.Module | None) -> dict[nn.Module,
     """For each module of the model the one of the same name in its average, if there is an average."""
     if ema is None:
         return {}
-    inside = copy_inside(ema, graph.slots[0].name if graph.slots else "")
-    named = dict(inside.named_modules())
+    named = dict(_inner(graph, ema).named_modules())
     return {module: (named[name],) for name, module in graph.model.named_modules() if name in named}
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import ArgumentError, ModelError
 from ..graph import ChannelGraph
+from ..graph.graph import Slot
 
 _PIECE = 1 << 18  # elements worked on at a time
 
@@ -128,7 +129,7 @@ def taylor(
         ArgumentError: no batch was given, or the loss is no scalar that depends on the model.
     """
     read = graph.read_by_weights()
-    emitters = [] if bool(read.all()) else _emitters(graph)
+    makers = [] if bool(read.all()) else [(s, dim) for s, dim in emitters(graph) if s.tensor.requires_grad]
     totals = torch.zeros(graph.num_classes, dtype=torch.float32)
     plan = graph.plan(graph.all_kept())
     count = 0
@@ -138,13 +139,13 @@ def taylor(
             loss = loss_fn(graph.model, batch)
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ArgumentError("taylor: loss_fn must return a scalar tensor that depends on the model's output")
-            weights = [slot.tensor for slot, _ in emitters]
+            weights = [slot.tensor for slot, _ in makers]
             grads = torch.autograd.grad(loss, [z, *weights], allow_unused=True)
         scores = (
             torch.zeros(graph.num_classes, dtype=torch.float32) if grads[0] is None else grads[0].detach().float().cpu()
         )
         emitted = torch.zeros(graph.num_classes, dtype=torch.float32)
-        for (slot, dim), weight, grad in zip(emitters, weights, grads[1:], strict=True):
+        for (slot, dim), weight, grad in zip(makers, weights, grads[1:], strict=True):
             if grad is not None:
                 product = weight.detach() * grad
                 _scatter(graph, emitted, slot.axes[dim], sum_of_others(product, dim))
@@ -155,12 +156,12 @@ def taylor(
     return totals / count
 
 
-def _emitters(graph: ChannelGraph) -> list[tuple[Any, int]]:
-    """Trainable parameters with the dim along which they make channels rather than read them."""
+def emitters(graph: ChannelGraph) -> list[tuple[Slot, int]]:
+    """Parameters with the dim along which they make channels rather than read them."""
     found = []
     for i, slot in enumerate(graph.slots):
         reading = graph.reader_dim(i)
         dims = [d for d, axis in enumerate(slot.axes) if axis is not None and d != reading]
-        if slot.is_parameter and slot.tensor.requires_grad and dims:
+        if slot.is_parameter and dims:
             found.append((slot, dims[0]))
     return found

@@ -39,12 +39,12 @@ class TestLightning:
 
         return Module
 
-    def fitted(self, module, folder, callback, epochs, checkpoint=None, **options):
+    def fitted(self, module, folder, callbacks, epochs, checkpoint=None, **options):
         trainer = self.pl.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
             default_root_dir=folder,
-            callbacks=[callback],
+            callbacks=callbacks,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -96,18 +96,8 @@ class TestLightning:
 
         from stamp_fast.early.lightning import EarlyPruning
 
-        averaging = EMAWeightAveraging(decay=0.9)
-        trainer = self.pl.Trainer(
-            max_epochs=EPOCHS,
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            callbacks=[averaging, EarlyPruning(IMAGES[:2], **OPTIONS)],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        model = module()
-        trainer.fit(model, DataLoader(TensorDataset(IMAGES, LABELS), 8))
+        callbacks = [EMAWeightAveraging(decay=0.9), EarlyPruning(IMAGES[:2], **OPTIONS)]
+        _, model = self.fitted(module, tmp_path, callbacks, EPOCHS)
         assert max(widths(model)) < 24
 
     @pytest.mark.parametrize("stop", [1, 3])
