@@ -39,10 +39,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet": lambda: cifar_mobilenet(16),
 }
 _MACS = 0.25
-_EPOCHS = 30
-_STEPS = 40  # an epoch
-_BATCH = 64
-_LR = 0.1
+_EPOCHS = 120
+_STEPS = 20  # an epoch
+_BATCH = 32
+_LR = 0.05
 _TEST_IMAGES = 5000
 _OUT = Path(__file__).parent / "results"
 _DOCS = Path(__file__).parent.parent / "docs"
@@ -160,7 +160,7 @@ ARMS: dict[str, Arm] = {
     "train, Torch-Pruning Taylor, fine-tune": then_fine_tuned(taylor=True),
     "EarlyPruner, taylor": early("taylor"),
     "EarlyPruner, magnitude": early("magnitude"),
-    "EarlyPruner, taylor, in 10 steps": early("taylor", steps=10, every=20),
+    "EarlyPruner, taylor, in 10 steps": early("taylor", steps=10, every=_STEPS // 2),
 }
 MINE = "EarlyPruner, taylor"
 
@@ -308,7 +308,9 @@ def _kept_scans(folder: Path) -> dict[tuple[str, str, int], Scan]:
 @click.option("--epochs", default=_EPOCHS, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--scan", "scans", is_flag=True, help="The scan in the arms' place.")
-@click.option("--at", multiple=True, type=int, default=(1, 2, 4, 6, 8, 10, 15, 20), help="Epochs of the scan's cuts.")
+@click.option(
+    "--at", multiple=True, type=int, default=(1, 3, 6, 9, 12, 16, 20, 30, 40), help="Epochs of the scan's cuts."
+)
 @click.option("--importance", default="taylor", show_default=True, help="Of the scan.")
 @click.option("--table", is_flag=True, help="Only write the page.")
 @click.option("--results", type=click.Path(path_type=Path), default=_OUT / "early.jsonl")

@@ -21,9 +21,11 @@ class Ranks:
         on = distributed.is_available() and distributed.is_initialized()
         self.group = None if wrapper is None else wrapper.process_group
         self.together = on and distributed.get_world_size(self.group) > 1
-        parameter = next(model.parameters())
-        nccl = on and distributed.get_backend(self.group) == "nccl"
-        self.device = parameter.device if nccl else torch.device("cpu")
+        self.device = next(model.parameters()).device
+        if not on or distributed.get_backend(self.group) != "nccl":
+            self.device = torch.device("cpu")
+        elif self.device.type == "cpu":  # the whole copy of a sharded model
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Bit-equal everywhere."""

@@ -53,8 +53,8 @@ class EarlyPruner:
             pruner.epoch_end()
 
     Under torch.distributed all processes call both, and cut the same channels; DistributedDataParallel's buckets are
-    made anew. A compiled model is compiled once more for every cut (torch gives up after its `recompile_limit`, 8).
-    Hooks of the model see meta tensors while it is traced.
+    made anew; for FSDP2 there is `stamp_fast.early.sharded`. A compiled model is compiled once more for every cut
+    (torch gives up after its `recompile_limit`, 8). Hooks of the model see meta tensors while it is traced.
 
     Args:
         model: the network, or it in DistributedDataParallel, DataParallel or torch.compile.
@@ -72,7 +72,8 @@ class EarlyPruner:
             `keep` are that part's.
         keep: names of modules or parameters whose channels all stay.
         round_to: widths that are cut stay multiples of it.
-        floor: fraction of every group that stays; one neuron does in any case.
+        floor: fraction of every group that stays, as in `prune`; one neuron does in any case. With 0, as in the paper,
+            layers of few channels starve, and each neuron that comes or goes there upsets the indicator.
         state: from `state_dict`, to go on from there: a network, and average, that were cut by then and are dense now
             are cut as they were. Afterwards load the states of model, average and optimizer.
 
@@ -104,7 +105,7 @@ class EarlyPruner:
         inside: str = "",
         keep: Collection[str] = (),
         round_to: int | None = None,
-        floor: float = 0.0,
+        floor: float = 0.1,
         state: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(budget, Budget):
@@ -196,6 +197,14 @@ class EarlyPruner:
             return False
         self._observed = 0
         return self._cut_step()
+
+    def cuts_next(self) -> bool:
+        """Whether the next call of `observe` will cut."""
+        return self.cut_epoch is not None and not self.done and self._observed + 1 >= self.every
+
+    def scored_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradients `observe` looks at."""
+        return [] if self._gradients is None else self._gradients.parameters()
 
     def epoch_end(self) -> bool:
         """To be called after every epoch, or every so many steps that are to count as one.

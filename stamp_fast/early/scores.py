@@ -109,6 +109,10 @@ class GradientScores:
                 )
         return scores / finite
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those whose gradients are looked at."""
+        return [slot.tensor for slot, _, _ in self._terms]
+
     def reset(self) -> None:
         for counted in (self._sum, self._batches, self._seen):
             counted.zero_()

@@ -40,7 +40,7 @@ def unwrapped(model: Any) -> nn.Module:
         if is_traceable_wrapper_subclass(parameter.data):
             raise ModelError(
                 f"model: parameter '{name}' is a {type(parameter.data).__name__}, sharded or quantised; prune before "
-                "that is done to the model"
+                "that is done to the model (while it trains under FSDP2: stamp_fast.early.sharded)"
             )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"model: parameter '{name}' is lazy and has no shape yet; run one forward first")

@@ -15,19 +15,21 @@ _COUNTED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def start(folder: Path, ranks: int, *options: str) -> list[subprocess.Popen]:
+    return spawn([sys.executable, train_run.__file__, str(folder), *options], ranks)
+
+
+def spawn(command: list[str], ranks: int) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, train_run.__file__, str(folder), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}, **pipes) for r in range(ranks)]
 
 
-def run(folder: Path, ranks: int, *options: str) -> list[dict]:
-    """What every process ended with."""
-    folder.mkdir(exist_ok=True)
-    processes = start(folder, ranks, *options)
+def launch(command: list[str], ranks: int) -> None:
+    """To its end, in so many processes."""
+    processes = spawn(command, ranks)
     try:
         for process in processes:
             output, _ = process.communicate(timeout=_TIMEOUT)
@@ -35,6 +37,12 @@ def run(folder: Path, ranks: int, *options: str) -> list[dict]:
     finally:
         for process in processes:
             process.kill()
+
+
+def run(folder: Path, ranks: int, *options: str) -> list[dict]:
+    """What every process ended with."""
+    folder.mkdir(exist_ok=True)
+    launch([sys.executable, train_run.__file__, str(folder), *options], ranks)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
