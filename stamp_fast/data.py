@@ -57,6 +57,19 @@ class Batches:
             self._seen.append(batch)
             yield batch
 
+    def one_pass(self) -> Iterator[Any]:
+        """All batches, once."""
+        batches = iter(self._one_pass())
+        while (batch := _next(batches)) is not None:
+            yield self._moved(batch)
+
+    def length(self) -> int | None:
+        """Batches in a pass, as far as the loader says."""
+        try:
+            return len(self._loader)
+        except TypeError:
+            return None
+
     def take(self, count: int) -> Iterator[Any]:
         """`count` batches from the start, the loader begun anew as often as it takes."""
         given = 0
@@ -149,7 +162,7 @@ def _next(batches: Iterator[Any]) -> Any:
         raise LoaderError(f"loader: raised {type(error).__name__}: {error}") from error
 
 
-def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
+def cross_entropy(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> torch.Tensor:
     """The default loss: cross entropy of model(inputs) with targets (class indices, or probabilities).
 
     Raises:
@@ -162,17 +175,22 @@ def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
             + "; for any other batch pass loss_fn=, a function (model, batch) -> loss"
         )
     inputs, targets = batch
-    logits = model(inputs)
-    while not isinstance(logits, torch.Tensor):
-        logits = next(iter(logits.values())) if isinstance(logits, dict) else logits[0]
+    logits = logits_of(model(inputs))
     try:
-        return F.cross_entropy(logits, targets)
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         shape = tuple(targets.shape) if isinstance(targets, torch.Tensor) else type(targets).__name__
         raise LoaderError(
             f"loader: targets {shape} do not fit the model's output {tuple(logits.shape)}: {error}; "
             "give the model a head for these classes, or pass loss_fn="
         ) from error
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The first tensor of what a model returns."""
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
 
 
 def guarded(loss_fn: LossFn) -> LossFn:

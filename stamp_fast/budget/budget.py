@@ -27,6 +27,8 @@ class Budget:
         macs: multiply-accumulates of a forward.
         params: number of parameters.
         channels: number of channels over all prunable groups.
+        latency: time of a forward, as a table of measured costs predicts it (`graph.cost_table`). For
+            `metapruning.search` only.
 
     Raises:
         ArgumentError: no fraction given, or one outside (0, 1].
@@ -35,10 +37,13 @@ class Budget:
     macs: float | None = None
     params: float | None = None
     channels: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         if not self.asked():
-            raise ArgumentError("Budget: give at least one of macs=, params=, channels=, each a fraction in (0, 1]")
+            raise ArgumentError(
+                "Budget: give at least one of macs=, params=, channels=, latency=, each a fraction in (0, 1]"
+            )
         for name, value in self.asked().items():
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
                 raise ArgumentError(f"Budget: {name} must be a fraction in (0, 1], got {value!r}")
@@ -72,6 +77,10 @@ class Budget:
             ArgumentError: scores of another size or with NaN, unknown ranking, round_to below 1, floor no fraction.
             BudgetError: out of reach; says what can be reached and which groups stand in the way.
         """
+        if self.latency is not None:  # wider can be faster, and this looks for the first that fits
+            raise ArgumentError(
+                "Budget(latency=): only metapruning.search can meet it; use macs=, params= or channels="
+            )
         scores = _checked_scores(graph, scores, ranking, round_to)
         if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
             raise ArgumentError(f"select: floor must be a fraction in [0, 1], got {floor!r}")
@@ -81,7 +90,7 @@ class Budget:
             units = _removal_units(graph, scores, ranking, round_to or 1, 0.0)
             keep = _first_that_fits(self, graph, units)
         if keep is None:
-            raise BudgetError(self._out_of_reach(graph, units, round_to))
+            raise self.out_of_reach(graph, units.without_first(graph, len(units)), round_to)
         if not exact:
             return keep
         if self.used(graph, keep) < 1 - TOLERANCE:
@@ -93,18 +102,21 @@ class Budget:
 
     def used(self, graph: ChannelGraph, keep: torch.Tensor) -> float:
         """The most used of the fractions, relative to what was asked: 1.0 is exactly met."""
-        measures = {"macs": graph.macs, "params": graph.params, "channels": graph.channels}
-        return max(measures[name](keep) / measures[name]() / ask for name, ask in self.asked().items())
+        return max(fraction / self.asked()[name] for name, fraction in self._fractions(graph, keep).items())
+
+    def _fractions(self, graph: ChannelGraph, keep: torch.Tensor) -> dict[str, float]:
+        """Of the dense network, for what is asked for."""
+        measures = {name: getattr(graph, name) for name in self.asked()}
+        return {name: measure(keep) / measure() for name, measure in measures.items()}
 
     def _reached(self, graph: ChannelGraph, keep: torch.Tensor) -> str:
-        measures = {"macs": graph.macs, "params": graph.params, "channels": graph.channels}
-        return ", ".join(f"{name}={measures[name](keep) / measures[name]():.3f}" for name in self.asked())
+        return ", ".join(f"{name}={value:.3f}" for name, value in self._fractions(graph, keep).items())
 
     def _ask(self) -> str:
         return ", ".join(f"{name}={value:g}" for name, value in self.asked().items())
 
-    def _out_of_reach(self, graph: ChannelGraph, units: _Removals, round_to: int | None) -> str:
-        least = units.without_first(graph, len(units))
+    def out_of_reach(self, graph: ChannelGraph, least: torch.Tensor, round_to: int | None = None) -> BudgetError:
+        """The error that says how far down the network can be cut, `least`, and what stands in the way."""
         text = f"Budget({self._ask()}): out of reach; from 1 down to {self._reached(graph, least)} can be had"
         if round_to:
             text += f" with round_to={round_to}"
@@ -116,7 +128,7 @@ class Budget:
         if in_the_way:
             text += ". In the way: " + "; ".join(in_the_way[:5])
             text += f"; and {len(in_the_way) - 5} more" if len(in_the_way) > 5 else ""
-        return text
+        return BudgetError(text)
 
     def _too_coarse(self, graph: ChannelGraph, keep: torch.Tensor, units: _Removals, used: float) -> str:
         above = []

@@ -22,6 +22,7 @@ from ._undisturbed import collection_paused, emptied
 
 if TYPE_CHECKING:
     from ..budget import Budget
+    from ..cost_table import CostTable
 
 __all__ = ["ChannelGraph", "Group", "trace"]
 
@@ -80,6 +81,7 @@ class ChannelGraph:
         self.ties: list[Tie] = []
         self.survivors: dict[int, int] = {}  # reshape that splits channels -> axis of it that survives, if not ours
         self.calls_by_module: dict[str, list[_record.Call]] | None = None  # made when something has to be mended
+        self.cost_table: CostTable | None = None  # measured, for budgets in milliseconds
         self._compacted: tuple[_record.Recording, _plan.Plan] | None = None
         self.protected: dict[str, str] = {}  # names given to `protect`, each with its reason
         self._kept: list[tuple[int, int, torch.Tensor | slice, str]] = []  # slot, dim, positions, reason
@@ -255,6 +257,16 @@ class ChannelGraph:
     def params(self, keep: torch.Tensor | None = None) -> int:
         """Number of parameters, of the whole network or of what `keep` leaves."""
         return self._core.params(self._bytes(keep))
+
+    def latency(self, keep: torch.Tensor | None = None) -> float:
+        """Milliseconds of one forward, as `cost_table` predicts them.
+
+        Raises:
+            ArgumentError: there is no table.
+        """
+        if self.cost_table is None:
+            raise ArgumentError("Budget(latency=): needs measured costs: graph.cost_table = CostTable(graph, example)")
+        return self.cost_table.latency(self.all_kept() if keep is None else self.checked(keep))
 
     def channels(self, keep: torch.Tensor | None = None) -> int:
         """Number of channels over all groups."""

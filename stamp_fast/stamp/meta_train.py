@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from .._phases import in_mode
+from .._run import Run
 from ..budget import Budget
 from ..checks import check_model, check_prunable
 from ..data import LossFn, some_examples
@@ -33,8 +34,8 @@ from ..graph import ChannelGraph, trace
 from ..graph._model import unwrapped
 from ..graph._snapshot import Snapshot
 from ..reconstruct import reconstruct
-from ._run import Run
 from .adapt import Settings, gate_steps, gradients_set_aside, weight_steps
+from .architecture import Architecture
 from .episodes import Episode, Episodes
 from .gates import BetaBernoulliGates
 from .head import fit_head, fixed, wanting_gradients
@@ -156,7 +157,15 @@ def meta_train(
         torch.manual_seed(plan.seed)
         generator = MaskGenerator.untrained(graph, plan.encoder, _image_shape(example), plan.mode)
     optimizer = torch.optim.Adam(generator.parameters(), lr=plan.lr)
-    run = Run(checkpoint, dataclasses.asdict(plan), network, episodes.labels)
+    architecture = generator.architecture
+    run = Run(
+        checkpoint,
+        "stamp_fast.stamp.meta_train",
+        dataclasses.asdict(plan),
+        {"weights": [t for _, t in sorted(network.state_dict().items())], "labels": [episodes.labels]},
+        architecture.to_json(),
+        lambda other: Architecture.from_json(other).difference(architecture),
+    )
     done = run.resume(generator, optimizer)
     updates = math.ceil(plan.tasks / plan.tasks_per_update)
     rank, ranks = _place()

@@ -1,7 +1,5 @@
 """Early pruning in a training of several processes (gloo)."""
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,33 +8,13 @@ import pytest
 import torch
 import train_run
 
-_TIMEOUT = 240
+from tests.processes import TIMEOUT, launch, spawn
+
 _COUNTED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def start(folder: Path, ranks: int, *options: str) -> list[subprocess.Popen]:
     return spawn([sys.executable, train_run.__file__, str(folder), *options], ranks)
-
-
-def spawn(command: list[str], ranks: int) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}, **pipes) for r in range(ranks)]
-
-
-def launch(command: list[str], ranks: int) -> None:
-    """To its end, in so many processes."""
-    processes = spawn(command, ranks)
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=_TIMEOUT)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def run(folder: Path, ranks: int, *options: str) -> list[dict]:
@@ -72,7 +50,7 @@ def test_a_process_that_dies_in_the_cut_leaves_a_checkpoint_to_go_on_from(tmp_pa
     processes = start(folder, 2, "--die-in-the-cut=1")
     codes = []
     for process in processes:
-        process.communicate(timeout=_TIMEOUT)  # the other one does not wait for it forever
+        process.communicate(timeout=TIMEOUT)  # the other one does not wait for it forever
         codes.append(process.returncode)
     assert codes[1] == 9 and codes[0] != 0
     assert torch.load(folder / "checkpoint", weights_only=True)["epochs"] == train_run.CAP - 1
@@ -86,7 +64,7 @@ def test_a_cut_that_fails_in_one_process_is_made_in_none(tmp_path, failing):
     processes = start(tmp_path, 2, f"--fail-in-the-cut={failing}")
     outputs = []
     for process in processes:
-        output, _ = process.communicate(timeout=_TIMEOUT)
+        output, _ = process.communicate(timeout=TIMEOUT)
         assert process.returncode != 0
         outputs.append(output)
     assert "on purpose" in outputs[failing]

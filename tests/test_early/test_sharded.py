@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 import train_sharded
-from test_processes import launch
 from torch import distributed, nn
 
 from stamp_fast import ArgumentError, ModelError
 from stamp_fast.early import EarlyPruner
 from stamp_fast.early.sharded import ShardedEarlyPruner
+from tests.processes import launch
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""What a network of any widths costs on this machine, from measured times of its operators."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ._files import real_path
+from .errors import ArgumentError, CheckpointError
+from .graph._align import VIEWS, base_name
+from .graph._plan import swapped
+from .graph._record import call_model, fresh
+from .graph._undisturbed import undisturbed
+
+if TYPE_CHECKING:
+    from .graph import ChannelGraph
+
+_REPEATS = 15
+_SECONDS = 0.02  # at most, for one operator
+_FREE = VIEWS | {"empty", "empty_like", "is_same_size", "sym_size"}
+_FITTED = 6  # networks that are measured whole
+
+
+class CostTable:
+    """Look-up table of operator times by size; a network's latency is their sum, fitted to a few measured networks.
+
+    What is not in it yet is measured when it is first asked for. The sum leaves out what lies between operators, and
+    each operator is measured with warm caches; so a line through the times of a few whole networks is laid over it.
+
+    Args:
+        graph: of the widest network; `graph.cost_table` is to be this.
+        inputs: of a forward, of the batch size that counts.
+        path: a JSON file that times are read from, and written to by `save`; those of another machine, torch or number
+            of threads are not used.
+
+    Attributes:
+        error: largest relative difference between a fitted and a measured time, over the networks measured whole.
+    """
+
+    def __init__(self, graph: ChannelGraph, inputs: Any, *, path: Any = None, seed: int = 0) -> None:
+        self.graph, self.inputs = graph, inputs
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):
+            raise ArgumentError("inputs: expected what a forward takes, a tensor, or a tuple or dict with some")
+        self.path = None if path is None else real_path(path)
+        self._seconds: dict[str, float] = {} if self.path is None else _read(self.path)
+        self._sums: dict[bytes, float] = {}
+        self._slope, self._offset = 1.0, 0.0
+        self._fit(random.Random(seed))
+
+    def latency(self, keep: torch.Tensor) -> float:
+        """Milliseconds of a forward in eval mode.
+
+        Args:
+            keep: bool, [num_classes].
+        """
+        return 1000 * max(0.0, self._offset + self._slope * self._sum(keep))
+
+    def measured(self, *keeps: torch.Tensor, rounds: int = 9) -> list[float]:
+        """Milliseconds of a forward of the whole networks, timed in turns; medians."""
+        plans = [self.graph.plan(keep) for keep in keeps]
+        taken: list[list[float]] = [[] for _ in plans]
+        for _ in range(rounds):
+            for plan, times in zip(plans, taken, strict=True):
+                with self.graph.masked(plan) as model, undisturbed(model), torch.no_grad():
+                    model.eval()
+                    times += _times(functools.partial(call_model, model, fresh(self.inputs)), repeats=1)
+        return [1000 * statistics.median(times) for times in taken]
+
+    def save(self) -> None:
+        """Writes `path`, atomically."""
+        if self.path is None:
+            raise ArgumentError("CostTable: was made without a path=")
+        temporary = f"{self.path}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "w") as file:
+                json.dump({"machine": _machine(), "seconds": self._seconds}, file)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise CheckpointError(f"CostTable: cannot write '{self.path}': {error}") from error
+
+    def _fit(self, draw: random.Random) -> None:
+        keeps = [self.graph.all_kept()]
+        for trial in range(_FITTED):
+            keep = self.graph.all_kept()
+            for group in self.graph.prunable:
+                least = 0.1 + 0.8 * trial / _FITTED  # from narrow networks to wide ones
+                share = draw.uniform(least, min(1.0, least + 0.3))
+                keep[group.classes.start + max(1, round(share * group.num_classes)) : group.classes.stop] = False
+            keeps.append(keep)
+        sums = torch.tensor([self._sum(keep) for keep in keeps], dtype=torch.float64)
+        times = torch.tensor(self.measured(*keeps), dtype=torch.float64) / 1000
+        # Relative errors count: a millisecond is more to a small network.
+        rows = torch.stack([sums, torch.ones_like(sums)], 1) / times[:, None]
+        slope, offset = torch.linalg.lstsq(rows, torch.ones_like(times)[:, None]).solution.flatten().tolist()
+        self._slope, self._offset = slope, offset
+        self.error = ((offset + slope * sums) / times - 1).abs().max().item()
+
+    def _sum(self, keep: torch.Tensor) -> float:
+        key = keep.numpy().tobytes()
+        if key not in self._sums:
+            self._sums[key] = sum(self._of(*call) for call in self._calls(keep))
+        return self._sums[key]
+
+    def _calls(self, keep: torch.Tensor) -> list[tuple]:
+        """Operators of a forward of the network of these widths, with meta tensors for arguments."""
+        plan = self.graph.plan(keep)
+        small: dict[int, torch.Tensor] = {}
+        for i, slot in enumerate(self.graph.slots):
+            shape, tensor = plan.shape(i), slot.tensor
+            channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            empty = empty.contiguous(memory_format=torch.channels_last) if channels_last else empty
+            small[i] = nn.Parameter(empty, requires_grad=False) if slot.is_parameter else empty
+        inputs = tree_map(lambda v: _like(v, "meta") if isinstance(v, torch.Tensor) else v, self.inputs)
+        seen = _Calls()
+        with undisturbed(self.graph.model), swapped(plan, small), torch.no_grad(), seen:
+            self.graph.model.eval()
+            call_model(self.graph.model, inputs)
+        return seen.calls
+
+    def _of(self, func: Callable, args: tuple, kwargs: dict) -> float:
+        """Seconds of one operator."""
+        key = f"{func} {_text(args)} {_text(kwargs)}"
+        if key not in self._seconds:
+            device = self.graph.device
+            args, kwargs = tree_map(lambda v: _filled(v, device) if isinstance(v, torch.Tensor) else v, (args, kwargs))
+            if "device" in kwargs:
+                kwargs["device"] = device
+            # The least: what else the machine does only adds, and what is systematic the fit takes up.
+            self._seconds[key] = min(_times(lambda: func(*args, **kwargs)))
+        return self._seconds[key]
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if base_name(str(func)) not in _FREE:
+            self.calls.append(
+                (func, *tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, (args, kwargs)))
+            )
+        return func(*args, **kwargs)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype)[6:]}{list(value.shape)}{list(value.stride())}"
+    if isinstance(value, (list, tuple)):
+        return "(" + " ".join(map(_text, value)) + ")"
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_text(item)}" for name, item in value.items())
+    return str(value)
+
+
+def _like(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _filled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    made = _like(tensor, device)
+    if not made.is_floating_point():
+        return made.zero_()
+    return made.uniform_(0.5, 1.5, generator=torch.Generator(device).manual_seed(0))
+
+
+@torch.no_grad()
+def _times(work: Callable[[], Any], repeats: int = _REPEATS) -> list[float]:
+    """Seconds, after a first time that does not count."""
+    work()
+    taken: list[float] = []
+    while len(taken) < repeats and sum(taken) < _SECONDS:
+        _wait()
+        begin = time.perf_counter()
+        work()
+        _wait()
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _machine() -> dict[str, Any]:
+    """What times depend on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _read(path: str) -> dict[str, float]:
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        seconds = {str(key): float(value) for key, value in content["seconds"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"CostTable: '{path}' is not a table of costs ({error}); delete it") from error
+    return seconds if content.get("machine") == _machine() else {}

@@ -1,0 +1,144 @@
+import json
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from stamp_fast import ArgumentError, Budget, CheckpointError, trace
+from stamp_fast.cost_table import CostTable
+from stamp_fast.graph import ChannelGraph
+
+IMAGES = torch.randn(8, 3, 16, 16)
+
+
+def network(width: int = 32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+        *(nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)),
+    )
+
+
+def graph_of(model: nn.Module) -> ChannelGraph:
+    graph = trace(model, IMAGES)
+    graph.settle()
+    return graph
+
+
+def cut_to(graph: ChannelGraph, *widths: int) -> torch.Tensor:
+    keep = graph.all_kept()
+    for group, width in zip(graph.prunable, widths, strict=True):
+        keep[group.classes.start + width : group.classes.stop] = False
+    return keep
+
+
+@pytest.fixture
+def one_second_each(monkeypatch):
+    """Every operator takes as many seconds as its first argument has elements, and networks as long as their parts."""
+    asked = []
+
+    def of(self, func, args, kwargs):
+        asked.append((str(func), tuple(args[0].shape)))
+        return float(args[0].numel())
+
+    monkeypatch.setattr(CostTable, "_of", of)
+    monkeypatch.setattr(CostTable, "measured", lambda self, *keeps: [2000 * self._sum(k) + 3000 for k in keeps])
+    return asked
+
+
+def test_a_latency_is_the_sum_over_the_operators_fitted_to_whole_networks(one_second_each):
+    graph = graph_of(network())
+    table = CostTable(graph, IMAGES)
+    one_second_each.clear()
+    found = table.latency(cut_to(graph, 5, 7))
+    sizes = dict(one_second_each)
+    assert sizes["aten.convolution.default"] == (8, 5, 16, 16)  # the last of them
+    pixels = 8 * 16 * 16
+    # Two convolutions, their norms and activations, the mean; the classifier's first argument is its bias.
+    total = pixels * (3 + 5 + 5 + 5 + 7 + 7 + 7) + 10
+    assert found == pytest.approx(1000 * (2 * total + 3))
+    assert table.error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_network_is_left_as_it_was():
+    model = network().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    graph = graph_of(model)
+    table = CostTable(graph, IMAGES)
+    table.latency(cut_to(graph, 3, 4))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_size_is_measured_once(monkeypatch, tmp_path):
+    from stamp_fast import cost_table
+
+    timed = []
+    times = cost_table._times
+
+    def counted(work, repeats=cost_table._REPEATS):
+        if repeats != 1:
+            timed.append(work)
+        return times(work, repeats)
+
+    monkeypatch.setattr(cost_table, "_times", counted)
+    graph = graph_of(network())
+    path = tmp_path / "costs.json"
+    table = CostTable(graph, IMAGES, path=path)
+    count = len(timed)
+    table.latency(graph.all_kept())
+    assert len(timed) == count
+    keep = cut_to(graph, 11, 13)
+    table.latency(keep)
+    assert len(timed) > count
+    table.save()
+    again = CostTable(graph, IMAGES, path=path)
+    timed.clear()
+    again.latency(keep)
+    assert not timed
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "machine": {**content["machine"], "threads": 99}}))
+    assert CostTable(graph, IMAGES, path=path)._seconds != content["seconds"] or timed
+    path.write_text("[1]")
+    with pytest.raises(CheckpointError, match="not a table of costs"):
+        CostTable(graph, IMAGES, path=path)
+
+
+def test_predictions_order_networks_as_measurements_do():
+    """The bar of ten percent is the benchmark's: other programs share this machine."""
+    graph = graph_of(network(64))
+    table = CostTable(graph, IMAGES)
+    narrow, wide = cut_to(graph, 8, 8), graph.all_kept()
+    measured = table.measured(narrow, wide)
+    assert table.latency(narrow) < table.latency(wide) and measured[0] < measured[1]
+    assert table.latency(wide) == pytest.approx(measured[1], rel=0.6)
+
+
+def test_what_cannot_be_is_refused():
+    graph = graph_of(network())
+    with pytest.raises(ArgumentError, match="cost_table"):
+        Budget(latency=0.5).used(graph, graph.all_kept())
+    with pytest.raises(ArgumentError, match="only metapruning.search"):
+        graph.select(torch.rand(graph.num_classes), Budget(latency=0.5))
+    with pytest.raises(ArgumentError, match="inputs"):
+        CostTable(graph, "images")
+
+
+def test_budgets_in_time_are_fractions_of_the_table():
+    graph = graph_of(network())
+    graph.cost_table = CostTable(graph, IMAGES)
+    keep = cut_to(graph, 4, 4)
+    found = Budget(latency=0.5).used(graph, keep)
+    assert found == graph.cost_table.latency(keep) / graph.cost_table.latency(graph.all_kept()) / 0.5
+
+
+def test_random_networks_of_a_budget_differ():
+    graph = graph_of(network())
+    draw = random.Random(0)
+    table = CostTable(graph, IMAGES)
+    found = {table.latency(cut_to(graph, draw.randint(1, 32), draw.randint(1, 32))) for _ in range(5)}
+    assert len(found) > 1
