@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 __all__ = [
     "CifarMobileNet",
+    "CifarMobileNetV2",
     "CifarResNet",
     "CifarVGG",
     "cifar_mobilenet",
+    "cifar_mobilenet_v2",
     "cifar_resnet18",
     "cifar_vgg",
     "randomise",
@@ -137,6 +139,47 @@ class CifarMobileNet(nn.Module):
 def cifar_mobilenet(width: int = 32, classes: int = 10) -> CifarMobileNet:
     """MobileNetV1 for (batch, 3, 32, 32) images, without its five blocks in a row."""
     return CifarMobileNet(width, classes)
+
+
+class InvertedResidual(nn.Module):
+    """A 1 x 1 convolution to `middle` channels, a depthwise 3 x 3 and a 1 x 1 back, with a shortcut where it fits."""
+
+    def __init__(self, channels: int, middle: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(channels, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU6())
+        depthwise = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
+        self.depthwise = nn.Sequential(depthwise, nn.BatchNorm2d(middle), nn.ReLU6())
+        self.project = nn.Sequential(nn.Conv2d(middle, out, 1, bias=False), nn.BatchNorm2d(out))
+        self.adds = stride == 1 and channels == out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.adds else y
+
+
+class CifarMobileNetV2(nn.Module):
+    """MobileNetV2 for 32 x 32 images, with fewer blocks: three strides, expansion 6."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU6())
+        self.blocks = nn.Sequential()
+        channels = width
+        for out, count, stride in ((1, 2, 1), (2, 2, 2), (4, 3, 2), (6, 2, 1)):
+            for block in range(count):
+                step = stride if block == 0 else 1
+                self.blocks.append(InvertedResidual(channels, 6 * channels, out * width, step))
+                channels = out * width
+        self.last = nn.Sequential(nn.Conv2d(channels, 160, 1, bias=False), nn.BatchNorm2d(160), nn.ReLU6())
+        self.fc = nn.Linear(160, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.last(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+def cifar_mobilenet_v2(width: int = 16, classes: int = 10) -> CifarMobileNetV2:
+    """MobileNetV2 for (batch, 3, 32, 32) images; `width` channels in stem and first stage."""
+    return CifarMobileNetV2(width, classes)
 
 
 def widths_of(model: CifarResNet) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from tqdm.auto import tqdm
@@ -194,14 +194,16 @@ class PruningNet(nn.Module):
         """Trains on a new random genome in every step; SGD, learning rate linear to 0 (section 2.3 of the code).
 
         The paper gives it a quarter of the epochs of the final training: 64 for MobileNets (batch 512, lr 0.25), and 32
-        for ResNet-50 (batch 256, lr 0.1).
+        for ResNet-50 (batch 256, lr 0.1). Under torch.distributed all processes start from the first one's weights,
+        draw the same genomes and average their gradients; each has a loader of its own, all of one length.
 
         Args:
             loader: batches, as for `stamp_fast.prune`.
             weight_decay: of the ordinary parameters; the paper's 4e-5 for MobileNetV1, else 0.
             loss_fn: (network, batch) -> loss; default: cross entropy with `label_smoothing`.
             seed: of the genomes.
-            checkpoint: a file, written after every epoch; if it is there, the training goes on from it.
+            checkpoint: a file, written after every epoch (by the first process); if it is there, the training goes on
+                from it.
 
         Returns:
             self
@@ -220,17 +222,21 @@ class PruningNet(nn.Module):
         optimizer = torch.optim.SGD(groups, lr, momentum=momentum)
         schedule = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed}
         run = Run(checkpoint, "stamp_fast.metapruning.PruningNet.fit", schedule, {}, *self.space.signature())
-        length = batches.length()
-        for epoch in tqdm(range(run.resume(self, optimizer), epochs), desc="PruningNet", disable=not progress):
+        first, length, together = run.resume(self, optimizer), batches.length(), _Together(self)
+        for epoch in tqdm(range(first, epochs), desc="PruningNet", disable=not progress):
             draw = random.Random(f"{seed} {epoch}")
+            if hasattr(getattr(loader, "sampler", None), "set_epoch"):
+                loader.sampler.set_epoch(epoch)
             for step, batch in enumerate(batches.one_pass()):
                 for group in optimizer.param_groups:  # without a length the rate changes once an epoch
                     group["lr"] = lr * (1 - (epoch + (min(step / length, 1.0) if length else 0.0)) / epochs)
                 with self.as_network(self.space.random(draw)) as network, in_mode(network, training=True):
                     loss(network, batch).backward()
+                together.average_gradients()
                 optimizer.step()
                 optimizer.zero_grad()
-            run.save(self, optimizer, epoch + 1)
+            if together.is_first:
+                run.save(self, optimizer, epoch + 1)
         return self
 
     # --- scoring ------------------------------------------------------------------------------------------------------
@@ -260,6 +266,26 @@ class PruningNet(nn.Module):
         if not count:
             raise ArgumentError("validation: has no examples")
         return total / count
+
+
+class _Together:
+    """Processes that train one PruningNet; with one there is nothing to do."""
+
+    def __init__(self, net: PruningNet) -> None:
+        on = distributed.is_available() and distributed.is_initialized()
+        self.ranks = distributed.get_world_size() if on else 1
+        self.is_first = self.ranks == 1 or distributed.get_rank() == 0
+        self.parameters = list(net.parameters())
+        if self.ranks > 1:
+            for parameter in self.parameters:
+                distributed.broadcast(parameter.data, 0)
+
+    def average_gradients(self) -> None:
+        if self.ranks > 1:
+            for parameter in self.parameters:  # not all: a first layer behind a dead ReLU has none
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                distributed.all_reduce(grad)
+                parameter.grad = grad / self.ranks
 
 
 def hits(network: nn.Module, batch: Any) -> tuple[float, int]:

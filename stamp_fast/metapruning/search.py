@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -68,6 +69,21 @@ class Scores:
                 self._append({"ids": genome.ids, "score": value})
             done(len(part))
         return [self.known[genome.ids] for genome in genomes]
+
+    def from_first(self, make: Callable[[], list[Genome]]) -> list[Genome]:
+        """What the first process makes, in all of them: measured costs, and so what fits, differ between processes."""
+        if self.ranks == 1:
+            return make()
+        made: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                made = [[genome.ids for genome in make()]]
+            except Exception as error:
+                made = [error]
+        distributed.broadcast_object_list(made, 0)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return [self.net.space.genome(ids) for ids in made[0]]
 
     def _gathered(self, score: float) -> list[float]:
         if self.ranks == 1:
@@ -176,11 +192,18 @@ def search(
     pool = _Pool(net, budget, at_least, random.Random(seed))
     wanted = [population] + [mutations + crossovers] * (generations - 1)
     best: list[Genome] = []
+
+    def made(generation: int) -> list[Genome]:
+        if generation == 0:
+            pool.check()
+            return pool.drawn(population)
+        offspring = pool.mutated(best[:parents], mutations, mutation_probability)
+        offspring += pool.crossed(best[:parents], crossovers)
+        return offspring + pool.drawn(wanted[generation] - len(offspring))
+
     with tqdm(total=sum(wanted), desc="search", disable=not progress) as bar:
-        for generation, count in enumerate(wanted):
-            new = [] if generation == 0 else pool.mutated(best[:parents], mutations, mutation_probability)
-            new += [] if generation == 0 else pool.crossed(best[:parents], crossovers)
-            new += pool.drawn(count - len(new))
+        for generation in range(generations):
+            new = scores.from_first(functools.partial(made, generation))
             if not new:
                 break
             scores.of(new, bar.update)
@@ -196,10 +219,14 @@ class _Pool:
         self.space, self.budget, self.at_least, self.draw = net.space, budget, at_least, draw
         self.seen: set[tuple[int, ...]] = set()
         self.rejected = 0
+
+    def check(self) -> None:
+        """Raises if no genome fits."""
         if self._used(self.space.smallest) > 1:
-            raise budget.out_of_reach(self.space.graph, self.space.smallest.keep)
-        if self._used(self.space.largest) < at_least:
-            raise ArgumentError(f"at_least: the widest network uses {self._used(self.space.largest):.3f} of the budget")
+            raise self.budget.out_of_reach(self.space.graph, self.space.smallest.keep)
+        widest = self._used(self.space.largest)
+        if widest < self.at_least:
+            raise ArgumentError(f"at_least: the widest network uses {widest:.3f} of the budget")
 
     def mutated(self, parents: list[Genome], count: int, probability: float) -> list[Genome]:
         """Copies of parents with other widths."""

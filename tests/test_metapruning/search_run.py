@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +24,10 @@ def run(folder: Path | None) -> tuple[str, str]:
 
     PruningNet.score = counting
     try:
-        net = net_of().fit(data(4), epochs=2, lr=0.1, progress=False)
+        net = net_of()
+        if folder is not None and distributed.get_rank():  # the first one's weights count
+            torch.nn.init.zeros_(net.generators["0"].bias)
+        net.fit(data(4), epochs=2, lr=0.1, progress=False)
         options = {"population": 10, "mutations": 5, "crossovers": 5, "generations": 4, "parents": 4}
         path = None if folder is None else folder / "scores.jsonl"
         found = search(net, data(1), data(2), budget=Budget(macs=0.5), checkpoint=path, progress=False, **options)
