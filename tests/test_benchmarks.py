@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import accuracy_table, data, early, gpu_suite
+from benchmarks import accuracy_table, data, early, gpu_suite, metapruning
 from benchmarks.time_to_accuracy import ARMS, MARKS, Task
 
 
@@ -194,3 +194,27 @@ def test_the_page_of_early_pruning_prints_losses_too():
     assert "**missed**: it is -0.3 points from the best of train-prune-fine-tune" in page
     assert "- met: it is +1.5 points from the best of pruning at the start" in page
     assert "**missed**: within 0.5 points of the best" in page
+
+
+def searched(accuracy: float, predicted: float, scores: list[float]) -> str:
+    common = {"kind": "arm", "network": "resnet18", "unit": "macs", "macs": 0.3, "latency": 0.5, "measured_ms": 10.0}
+    found = [
+        common | {"arm": arm, "seed": seed, "accuracy": value, "predicted_ms": predicted, "chosen_in": 3.0}
+        for arm, value in (("uniform", 0.9), ("MetaPruning", accuracy))
+        for seed in range(2)
+    ]
+    for number, score in enumerate(scores):
+        found.append(
+            {"kind": "genome", "network": "resnet18", "score": score, "accuracy": 0.8 + number / 100, "macs": -number}
+        )
+    return metapruning.render(MACHINE, found)
+
+
+def test_the_page_of_searches_prints_wins_and_losses():
+    won, lost = searched(0.91, 9.5, [1, 2, 3, 4]), searched(0.9, 12.0, [4, 3, 2, 1])
+    assert won.count("- met") == 2 and "missed" not in won
+    assert lost.count("**missed**") == 3
+    assert "Spearman 1.00 (bar 0.5: met); their MACs alone: -1.00" in won
+    assert "- met: MetaPruning is +1.00 points from uniform" in won
+    assert "- **missed**: MetaPruning is +0.00 points from uniform" in lost
+    assert "predicted +20% off" in lost

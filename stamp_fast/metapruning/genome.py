@@ -56,22 +56,9 @@ class Genome:
     def build(self, init: Callable[[nn.Module], Any] | None = None) -> nn.Module:
         """An ordinary network of these widths with fresh weights, to be trained from scratch.
 
-        Every module's `reset_parameters` draws them from torch's global generator; parameters of modules without it
-        are those of the dense model, cropped.
-
-        Args:
-            init: given each module afterwards, as by `nn.Module.apply`: for networks with an initialisation of their
-                own.
-
-        Raises:
-            CompactionError: such a network does not run as predicted; nothing is lost.
+        See `SearchSpace.fresh`.
         """
-        model = self.space.built(self.keep)
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-            if callable(reset):
-                reset()
-        return model if init is None else model.apply(init)
+        return self.space.fresh(self.keep, init)
 
     def to_json(self) -> str:
         """With the widths, for people; `SearchSpace.from_json` reads it."""
@@ -247,6 +234,26 @@ class SearchSpace:
         raise budget.out_of_reach(self.graph, self.smallest.keep)
 
     # --- networks -----------------------------------------------------------------------------------------------------
+    def fresh(self, keep: torch.Tensor, init: Callable[[nn.Module], Any] | None = None) -> nn.Module:
+        """An ordinary network of the widths of `keep` with fresh weights.
+
+        Every module's `reset_parameters` draws them from torch's global generator; parameters of modules without it
+        are those of the dense model, cropped.
+
+        Args:
+            init: given each module afterwards, as by `nn.Module.apply`: for networks with an initialisation of their
+                own.
+
+        Raises:
+            CompactionError: such a network does not run as predicted; nothing is lost.
+        """
+        model = self.built(keep)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+            if callable(reset):
+                reset()
+        return model if init is None else model.apply(init)
+
     def built(self, keep: torch.Tensor) -> nn.Module:
         """A copy of the widest network, with its weights, cut."""
         model = copy.deepcopy(self.graph.model)
