@@ -363,3 +363,25 @@ def test_infinite_scores_are_an_order_like_any_other():
     scores[3], scores[25] = float("inf"), float("-inf")
     keep = graph.select(scores, Budget(channels=0.5))
     assert bool(keep[3]) and not bool(keep[25])
+
+
+def test_a_class_costs_what_its_removal_saves():
+    model = chain(12, 24, 8)
+    graph = trace(model, X)
+    for kind in ("macs", "params"):
+        saved = []
+        for group in graph.prunable:
+            keep = graph.all_kept()
+            keep[group.classes.stop - 1] = False
+            saved += [getattr(graph, kind)() - getattr(graph, kind)(keep)] * group.num_classes
+        expected = torch.tensor(saved, dtype=torch.float64)
+        torch.testing.assert_close(Budget(**{kind: 0.3}).costs(graph), expected / expected.mean())
+    assert torch.equal(Budget(channels=0.5).costs(graph), torch.ones(44, dtype=torch.float64))
+
+
+def test_what_cannot_be_pruned_has_no_cost_of_its_own():
+    graph = trace(chain(12, 24, 8), X)
+    graph.protect(["2"])
+    costs = Budget(macs=0.5).costs(graph)
+    kept = [group for group in graph.groups if group.reason]
+    assert kept and all(bool((costs[group.classes] == 1).all()) for group in kept)

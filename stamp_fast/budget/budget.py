@@ -100,6 +100,24 @@ class Budget:
             raise BudgetError(self._too_coarse(graph, keep, units, used))
         return keep
 
+    def costs(self, graph: ChannelGraph) -> torch.Tensor:
+        """How much less is used when one class of a group goes, relative to the mean: float64, [graph.num_classes].
+
+        The same for all classes of a group; 1 where nothing can be pruned.
+        """
+        costs, whole = torch.ones(graph.num_classes, dtype=torch.float64), self.used(graph, graph.all_kept())
+        groups = [group for group in graph.prunable if group.num_classes > 1]
+        for group in groups:
+            keep = graph.all_kept()
+            keep[group.classes.start] = False
+            costs[group.classes] = whole - self.used(graph, keep)
+        prunable = torch.cat([costs[group.classes] for group in groups]) if groups else costs
+        # What costs nothing may stay.
+        mean = prunable.mean()
+        for group in groups:
+            costs[group.classes] = (costs[group.classes] / mean).clamp(min=1e-6)
+        return costs
+
     def used(self, graph: ChannelGraph, keep: torch.Tensor) -> float:
         """The most used of the fractions, relative to what was asked: 1.0 is exactly met."""
         return max(fraction / self.asked()[name] for name, fraction in self._fractions(graph, keep).items())

@@ -40,8 +40,11 @@ class EarlyPruner:
 
     "When to Prune? A Policy towards Early Structural Pruning" (Shen et al. 2022, arXiv 2110.12007): neurons are ranked
     over the whole network; the sub-network that the budget leaves is compared, by its widths alone, with those of the
-    epochs before (`indicator`). The training goes on as it was: the same Parameter objects, optimizer state cut along,
-    learning rates and schedule untouched. One call in every step, one at every epoch's end::
+    epochs before (`indicator`). A neuron's importance counts for what it costs in the budget's own unit: with the
+    paper's, a fraction of the neurons, all cost about the same; for budgets of MACs or parameters this is ours.
+
+    The training goes on as it was: the same Parameter objects, optimizer state cut along, learning rates and schedule
+    untouched. One call in every step, one at every epoch's end::
 
         pruner = EarlyPruner(model, optimizer, images[:2], budget=Budget(macs=0.25), cap=10)
         for epoch in range(epochs):
@@ -241,10 +244,12 @@ class EarlyPruner:
         return capped or settled(self.indicators, self.tau, self.window)
 
     def _scores(self) -> torch.Tensor:
-        """Of every class, the same in all processes."""
+        """Importance for its cost of every class, the same in all processes."""
         if self._gradients is None:
-            return self._ranks.of_first(filter_norms(self._graph)).cpu()
-        return self._gradients.mean(self._ranks.sum)
+            importance = self._ranks.of_first(filter_norms(self._graph)).cpu()
+        else:
+            importance = self._gradients.mean(self._ranks.sum)
+        return importance.double() / self.budget.costs(self._graph)
 
     def _dominant(self, scores: torch.Tensor) -> torch.Tensor:
         """The sub-network that pruning now would leave, but for rounding, which would make its widths jump."""

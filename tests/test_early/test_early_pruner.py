@@ -493,3 +493,25 @@ def test_a_network_that_could_not_be_cut_once_more(dense):
 def test_an_average_of_something_else_is_refused_at_once(ema, message):
     with pytest.raises(ArgumentError, match=message):
         pruner_of(Net(), ema=ema)
+
+
+@pytest.mark.parametrize("budget", [Budget(channels=0.5), QUARTER])
+def test_importance_counts_for_what_a_neuron_costs(budget):
+    """In the unit of the paper, neurons, all cost the same: then the plain ranking decides."""
+    model = Net()
+    pruner = pruner_of(model, importance="magnitude", budget=budget, floor=0.0)
+    pruner.epoch_end()
+    graph = trace(model, IMAGES[:2])
+    graph.settle()
+    scores = early_pruner.filter_norms(graph).double()
+    costs = torch.ones_like(scores)
+    if budget is QUARTER:
+        for group in graph.prunable:
+            keep = graph.all_kept()
+            keep[group.classes.start] = False
+            costs[group.classes] = graph.macs() - graph.macs(keep)
+        assert len(costs.unique()) == 2
+    keep = graph.select(scores / costs, budget, ranking="global")
+    assert pruner.history == [[int(keep[group.classes].sum()) for group in graph.prunable]]
+    plain = graph.select(scores, budget, ranking="global")
+    assert torch.equal(plain, keep) == (budget is not QUARTER)
