@@ -40,8 +40,9 @@ class EarlyPruner:
 
     "When to Prune? A Policy towards Early Structural Pruning" (Shen et al. 2022, arXiv 2110.12007): neurons are ranked
     over the whole network; the sub-network that the budget leaves is compared, by its widths alone, with those of the
-    epochs before (`indicator`). A neuron's importance counts for what it costs in the budget's own unit: with the
-    paper's, a fraction of the neurons, all cost about the same; for budgets of MACs or parameters this is ours.
+    epochs before (`indicator`). A neuron's importance is divided by the root of what it costs in the budget's own unit.
+    With the paper's budget, a fraction of the neurons, all cost the same; for MACs and parameters this is ours: as they
+    are, the scores starve late layers of narrow networks, divided by the whole cost they starve early ones.
 
     The training goes on as it was: the same Parameter objects, optimizer state cut along, learning rates and schedule
     untouched. One call in every step, one at every epoch's end::
@@ -244,12 +245,12 @@ class EarlyPruner:
         return capped or settled(self.indicators, self.tau, self.window)
 
     def _scores(self) -> torch.Tensor:
-        """Importance for its cost of every class, the same in all processes."""
+        """Importance over the root of the cost, of every class, the same in all processes."""
         if self._gradients is None:
             importance = self._ranks.of_first(filter_norms(self._graph)).cpu()
         else:
             importance = self._gradients.mean(self._ranks.sum)
-        return importance.double() / self.budget.costs(self._graph)
+        return importance.double() / self.budget.costs(self._graph).sqrt()
 
     def _dominant(self, scores: torch.Tensor) -> torch.Tensor:
         """The sub-network that pruning now would leave, but for rounding, which would make its widths jump."""

@@ -496,7 +496,7 @@ def test_an_average_of_something_else_is_refused_at_once(ema, message):
 
 
 @pytest.mark.parametrize("budget", [Budget(channels=0.5), QUARTER])
-def test_importance_counts_for_what_a_neuron_costs(budget):
+def test_importance_is_weighed_against_what_a_neuron_costs(budget):
     """In the unit of the paper, neurons, all cost the same: then the plain ranking decides."""
     model = Net()
     pruner = pruner_of(model, importance="magnitude", budget=budget, floor=0.0)
@@ -511,7 +511,7 @@ def test_importance_counts_for_what_a_neuron_costs(budget):
             keep[group.classes.start] = False
             costs[group.classes] = graph.macs() - graph.macs(keep)
         assert len(costs.unique()) == 2
-    keep = graph.select(scores / costs, budget, ranking="global")
+    keep = graph.select(scores / costs.sqrt(), budget, ranking="global")
     assert pruner.history == [[int(keep[group.classes].sum()) for group in graph.prunable]]
     plain = graph.select(scores, budget, ranking="global")
     assert torch.equal(plain, keep) == (budget is not QUARTER)
