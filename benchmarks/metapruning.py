@@ -188,7 +188,7 @@ def compare(network: str, seeds: int, names: tuple[str, ...], units: tuple[str, 
     """Every arm at every budget."""
     net = pruning_net(network)
     graph = net.space.graph
-    graph.cost_table = table = CostTable(graph, images()[1][0][0][:_BATCH], path=_CACHE / f"costs_{network}.json")
+    graph.cost_table = table = CostTable(graph, images()[1][0][0][:_BATCH], path=_CACHE / f"costs_{network}.jsonl")
     done = {(r["network"], r["unit"], r["arm"], r["seed"]) for r in rows(results) if r["kind"] == "arm"}
     for unit in units:
         for name in names:
@@ -220,8 +220,6 @@ def compare(network: str, seeds: int, names: tuple[str, ...], units: tuple[str, 
                     measured_ms=measured,
                     widths=[int(keep[group.classes].sum()) for group in graph.prunable],
                 )
-    if not rank():
-        table.save()
 
 
 def correlate(network: str, results: Path) -> None:

@@ -176,10 +176,18 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
 @click.option("--macs", default=0.5, show_default=True, help="Fraction of the widest network.")
 @click.option("--latency", type=float, help="In the place of MACs: fraction of the widest network's time.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("metapruning"), show_default=True)
+@click.option("--held-out-batches", default=40, show_default=True, help="Of 250 images that genomes are scored on.")
 @click.option("--workers", default=8, show_default=True, help="Processes that read images, for each GPU.")
 @click.option("--fake", is_flag=True, help="Noise for images, and one epoch of everything.")
 def main(
-    root: Path | None, network: str, macs: float, latency: float | None, out: Path, workers: int, fake: bool
+    root: Path | None,
+    network: str,
+    macs: float,
+    latency: float | None,
+    out: Path,
+    held_out_batches: int,
+    workers: int,
+    fake: bool,
 ) -> None:
     """PruningNet, search and retraining; prints the widths that were found and their accuracy."""
     if (root is None) != fake:
@@ -204,19 +212,22 @@ def main(
     path = out / "pruning_net.safetensors"
     net.fit(loader(data["train"], batch_size, workers), epochs=epochs, lr=lr, checkpoint=path, progress=is_first())
     torch.manual_seed(0)  # the same crops in every process, and when the command is run again
-    calibration = list(itertools.islice(loader(data["train"], 1000, workers, train=False), 20))
-    held_out = list(loader(data["held_out"], 500, workers, train=False))
+    calibration = list(itertools.islice(loader(data["train"], 250, workers, train=False), 80))
+    held_out = itertools.islice(loader(data["held_out"], 250, workers, train=False), held_out_batches)
     budget = Budget(macs=macs) if latency is None else Budget(latency=latency)
+    out = out / f"macs-{macs:g}" if latency is None else out / f"latency-{latency:g}"
+    out.mkdir(exist_ok=True)
     if latency is not None:
         from stamp_fast.cost_table import CostTable
 
-        net.space.graph.cost_table = CostTable(net.space.graph, calibration[0][0][:32].to(device))
+        inputs = calibration[0][0][:32].to(device)
+        net.space.graph.cost_table = CostTable(net.space.graph, inputs, path=path.with_name("costs.jsonl"))
     sizes = {"population": 4, "mutations": 2, "crossovers": 2, "parents": 2, "generations": 2} if fake else {}
     genome = search(
         *(net, calibration, held_out),
         budget=budget,
         at_least=recipe.at_least,
-        checkpoint=out / "scores.jsonl",
+        checkpoint=path.with_name("scores.jsonl"),  # they do not depend on the budget
         progress=is_first(),
         **sizes,
     )

@@ -39,7 +39,7 @@ class Run:
         self.path = None if path is None else real_path(path)
         self.writer = writer
         self.schedule = json.loads(json.dumps(schedule))
-        self.sources = {} if path is None else {name: _digest(tensors) for name, tensors in sources.items()}
+        self.sources = {} if path is None else {name: digest(tensors) for name, tensors in sources.items()}
         self.architecture, self.difference = architecture, difference
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
@@ -78,9 +78,11 @@ class Run:
         differing += [key for key, value in self.sources.items() if metadata[key] != value]
         if differing:
             raise CheckpointError(f"{what}: '{self.path}' was made with other {', '.join(differing)}; use another file")
-        module.load_state_dict(
-            {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
-        )
+        stored = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+        try:
+            module.load_state_dict(stored)
+        except RuntimeError as error:
+            raise CheckpointError(f"{what}: '{self.path}' does not fit this network: {error}") from error
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -90,7 +92,8 @@ class Run:
         return int(metadata["updates"])
 
 
-def _digest(tensors: list[torch.Tensor]) -> str:
+def digest(tensors: list[torch.Tensor]) -> str:
+    """SHA-256 of their bytes, in this order."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

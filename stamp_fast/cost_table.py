@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -41,8 +43,8 @@ class CostTable:
     Args:
         graph: of the widest network; `graph.cost_table` is to be this.
         inputs: of a forward, of the batch size that counts.
-        path: a JSON file that times are read from, and written to by `save`; those of another machine, torch or number
-            of threads are not used.
+        path: a file of JSON lines that times are read from, and written to as they are measured; those of another
+            machine, torch or number of threads are not used. Under torch.distributed the first process writes.
 
     Attributes:
         error: largest relative difference between a fitted and a measured time, over the networks measured whole.
@@ -53,10 +55,17 @@ class CostTable:
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):
             raise ArgumentError("inputs: expected what a forward takes, a tensor, or a tuple or dict with some")
         self.path = None if path is None else real_path(path)
-        self._seconds: dict[str, float] = {} if self.path is None else _read(self.path)
         self._sums: dict[bytes, float] = {}
-        self._slope, self._offset = 1.0, 0.0
-        self._fit(random.Random(seed))
+        self._machine = _machine(graph.device)
+        self._seconds: dict[str, float] = {}
+        self._fits: dict[str, list[float]] = {}  # slope, offset, error of every network
+        self._read()
+        whole = " ".join(f"{func} {_text(args)}" for func, args, _ in self._calls(graph.all_kept()))
+        self._network = hashlib.sha256(whole.encode()).hexdigest()
+        if self._network not in self._fits:
+            self._fits[self._network] = self._fit(random.Random(seed))
+            self._write({"fit": self._network, "values": self._fits[self._network]})
+        self._slope, self._offset, self.error = self._fits[self._network]
 
     def latency(self, keep: torch.Tensor) -> float:
         """Milliseconds of a forward in eval mode.
@@ -74,22 +83,35 @@ class CostTable:
             for plan, times in zip(plans, taken, strict=True):
                 with self.graph.masked(plan) as model, undisturbed(model), torch.no_grad():
                     model.eval()
-                    times += _times(functools.partial(call_model, model, fresh(self.inputs)), repeats=1)
+                    work = functools.partial(call_model, model, fresh(self.inputs))
+                    times += _times(work, self.graph.device, repeats=1)
         return [1000 * statistics.median(times) for times in taken]
 
-    def save(self) -> None:
-        """Writes `path`, atomically."""
-        if self.path is None:
-            raise ArgumentError("CostTable: was made without a path=")
-        temporary = f"{self.path}.{os.getpid()}.tmp"
+    def _read(self) -> None:
+        if self.path is None or not os.path.exists(self.path):
+            return
         try:
-            with open(temporary, "w") as file:
-                json.dump({"machine": _machine(), "seconds": self._seconds}, file)
-            os.replace(temporary, self.path)
+            with open(self.path) as file:
+                lines = [json.loads(line) for line in file.read().split("\n")[:-1]]  # the last may not be whole
+            for line in lines:
+                if line["machine"] == self._machine and "fit" in line:
+                    self._fits.setdefault(line["fit"], [float(value) for value in line["values"]])
+                elif line["machine"] == self._machine:
+                    self._seconds.setdefault(line["op"], float(line["seconds"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"CostTable: '{self.path}' is not a table of costs ({error}); delete it") from error
+
+    def _write(self, line: dict[str, Any]) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        if self.path is None or (together and distributed.get_rank()):
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line | {"machine": self._machine}) + "\n")
         except OSError as error:
             raise CheckpointError(f"CostTable: cannot write '{self.path}': {error}") from error
 
-    def _fit(self, draw: random.Random) -> None:
+    def _fit(self, draw: random.Random) -> list[float]:
         keeps = [self.graph.all_kept()]
         for trial in range(_FITTED):
             keep = self.graph.all_kept()
@@ -103,8 +125,15 @@ class CostTable:
         # Relative errors count: a millisecond is more to a small network.
         rows = torch.stack([sums, torch.ones_like(sums)], 1) / times[:, None]
         slope, offset = torch.linalg.lstsq(rows, torch.ones_like(times)[:, None]).solution.flatten().tolist()
-        self._slope, self._offset = slope, offset
-        self.error = ((offset + slope * sums) / times - 1).abs().max().item()
+        if not slope > 0:
+            warnings.warn(
+                "CostTable: the time of this network does not grow with its operators': it waits for something else, "
+                "and budgets in time cannot choose between widths",
+                stacklevel=4,
+            )
+            slope, offset = (times / sums).mean().item(), 0.0
+        error = ((offset + slope * sums) / times - 1).abs().max().item()
+        return [slope, offset, error]
 
     def _sum(self, keep: torch.Tensor) -> float:
         key = keep.numpy().tobytes()
@@ -138,7 +167,8 @@ class CostTable:
             if "device" in kwargs:
                 kwargs["device"] = device
             # The least: what else the machine does only adds, and what is systematic the fit takes up.
-            self._seconds[key] = min(_times(lambda: func(*args, **kwargs)))
+            self._seconds[key] = min(_times(lambda: func(*args, **kwargs), device))
+            self._write({"op": key, "seconds": self._seconds[key]})
         return self._seconds[key]
 
 
@@ -178,37 +208,26 @@ def _filled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _times(work: Callable[[], Any], repeats: int = _REPEATS) -> list[float]:
+def _times(work: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> list[float]:
     """Seconds, after a first time that does not count."""
     work()
     taken: list[float] = []
     while len(taken) < repeats and sum(taken) < _SECONDS:
-        _wait()
+        _wait(device)
         begin = time.perf_counter()
         work()
-        _wait()
+        _wait(device)
         taken.append(time.perf_counter() - begin)
     return taken
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """What times depend on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def _read(path: str) -> dict[str, float]:
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path) as file:
-            content = json.load(file)
-        seconds = {str(key): float(value) for key, value in content["seconds"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"CostTable: '{path}' is not a table of costs ({error}); delete it") from error
-    return seconds if content.get("machine") == _machine() else {}
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}

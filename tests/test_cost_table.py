@@ -80,14 +80,13 @@ def test_a_size_is_measured_once(monkeypatch, tmp_path):
     timed = []
     times = cost_table._times
 
-    def counted(work, repeats=cost_table._REPEATS):
-        if repeats != 1:
-            timed.append(work)
-        return times(work, repeats)
+    def counted(work, device, repeats=cost_table._REPEATS):
+        timed.append(work)
+        return times(work, device, repeats)
 
     monkeypatch.setattr(cost_table, "_times", counted)
     graph = graph_of(network())
-    path = tmp_path / "costs.json"
+    path = tmp_path / "costs.jsonl"
     table = CostTable(graph, IMAGES, path=path)
     count = len(timed)
     table.latency(graph.all_kept())
@@ -95,17 +94,29 @@ def test_a_size_is_measured_once(monkeypatch, tmp_path):
     keep = cut_to(graph, 11, 13)
     table.latency(keep)
     assert len(timed) > count
-    table.save()
-    again = CostTable(graph, IMAGES, path=path)
+    predicted = table.latency(keep)
     timed.clear()
-    again.latency(keep)
-    assert not timed
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "machine": {**content["machine"], "threads": 99}}))
-    assert CostTable(graph, IMAGES, path=path)._seconds != content["seconds"] or timed
-    path.write_text("[1]")
+    again = CostTable(graph, IMAGES, path=path)
+    assert again.latency(keep) == predicted and not timed  # whole networks neither
+    with open(path, "a") as file:
+        file.write('{"op": "aten.relu')  # as a process killed while it writes leaves it
+    assert CostTable(graph, IMAGES, path=path).latency(keep) == predicted
+    lines = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    elsewhere = [{**line, "machine": {**line["machine"], "threads": 99}} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in elsewhere))
+    CostTable(graph, IMAGES, path=path)
+    assert timed
+    path.write_text("[1]\n")
     with pytest.raises(CheckpointError, match="not a table of costs"):
         CostTable(graph, IMAGES, path=path)
+
+
+def test_a_network_that_waits_for_something_else_is_said_to(monkeypatch):
+    monkeypatch.setattr(CostTable, "measured", lambda self, *keeps: [float(n + 1) for n in range(len(keeps))])
+    graph = graph_of(network())
+    with pytest.warns(UserWarning, match="does not grow with its operators'"):
+        table = CostTable(graph, IMAGES)
+    assert table.latency(cut_to(graph, 2, 2)) < table.latency(graph.all_kept())
 
 
 def test_predictions_order_networks_as_measurements_do():

@@ -16,7 +16,7 @@ METAPRUNING = [sys.executable, str(EXAMPLES / "metapruning_imagenet.py"), "--fak
 def test_metapruning_on_imagenet(tmp_path):
     first = subprocess.run([*METAPRUNING, tmp_path], capture_output=True, text=True, timeout=TIMEOUT)
     assert first.returncode == 0, first.stderr
-    genome = json.loads((tmp_path / "genome.json").read_text())
+    genome = json.loads((tmp_path / "macs-0.5" / "genome.json").read_text())
     assert len(genome["ids"]) == 13 and genome["macs"] <= 0.5 * 569e6
     last = first.stdout.splitlines()[-1]
     assert last.startswith("accuracy ")
@@ -26,8 +26,11 @@ def test_metapruning_on_imagenet(tmp_path):
     assert refused.returncode == 2 and "--fake" in refused.stderr
 
 
-@pytest.mark.parametrize("options", [("--network", "mobilenet_v2", "--macs", "0.3"), ("--latency", "0.6")])
-def test_metapruning_on_imagenet_in_processes(tmp_path, options):
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [("macs-0.3", ("--network", "mobilenet_v2", "--macs", "0.3")), ("latency-0.6", ("--latency", "0.6"))],
+)
+def test_metapruning_on_imagenet_in_processes(tmp_path, folder, options):
     launch([*METAPRUNING, str(tmp_path), *options], 2)
-    assert json.loads((tmp_path / "genome.json").read_text())["widths"]
-    assert (tmp_path / "retraining.pt").exists()
+    assert json.loads((tmp_path / folder / "genome.json").read_text())["widths"]
+    assert (tmp_path / folder / "retraining.pt").exists()

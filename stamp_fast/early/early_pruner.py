@@ -114,6 +114,10 @@ class EarlyPruner:
     ) -> None:
         if not isinstance(budget, Budget):
             raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
+        if budget.latency is not None:
+            raise ArgumentError(
+                "Budget(latency=): only metapruning.search can meet it; use macs=, params= or channels="
+            )
         if importance not in THRESHOLDS:
             raise ArgumentError(f"importance: must be one of {', '.join(THRESHOLDS)}, got {importance!r}")
         if tau is not None and (isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau <= 1):

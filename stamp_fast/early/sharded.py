@@ -63,12 +63,16 @@ class ShardedEarlyPruner:
     ) -> None:
         if "ema" in options:
             raise ArgumentError("ema: averages of a sharded model cannot be cut along; make a new one after the cut")
-        _check_sharded(model, "model: is not sharded; use EarlyPruner")
+        _check_sharded(
+            model, "model: is not sharded, or not all of it; use EarlyPruner, or fully_shard(model) as the last"
+        )
         self.model, self.optimizer, self._shard = model, optimizer, shard
         self._whole = make()
         _check_same(self._whole, model)
         _check_holds(optimizer, model)
         self._spread: dict[str, dict[str, Sequence[Any]]] = {}  # placements of the optimizer's state
+        self._devices: dict[str, dict[str, torch.device]] = {}  # of its other tensors
+        self._unfinished = False
         # Only carries the state through the cut; the rates are those of `optimizer`.
         self._state = torch.optim.Optimizer(self._whole.parameters(), {})
         self.pruner = EarlyPruner(self._whole, self._state, example, **options)
@@ -81,6 +85,8 @@ class ShardedEarlyPruner:
 
     def observe(self, scale: float = 1.0) -> bool:
         """As `EarlyPruner.observe`. True if it cut: `model` is a new one then."""
+        if self._unfinished:
+            return self._renewed(True)
         if self.pruner.done:
             return False
         if self.pruner.cuts_next():
@@ -91,6 +97,8 @@ class ShardedEarlyPruner:
 
     def epoch_end(self) -> bool:
         """As `EarlyPruner.epoch_end`. True if it cut: `model` is a new one then."""
+        if self._unfinished:
+            return self._renewed(True)
         if self.pruner.cut_epoch is not None:
             return False
         self._fetch()
@@ -121,6 +129,8 @@ class ShardedEarlyPruner:
             state = self.optimizer.state.get(mine, {})
             self._state.state[whole] = {key: _full(value) for key, value in state.items()}
             self._spread[name] = {key: v.placements for key, v in state.items() if isinstance(v, DTensor)}
+            plain = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and not isinstance(v, DTensor)}
+            self._devices[name] = {key: value.device for key, value in plain.items()}
         for name, whole in self._whole.named_buffers():
             whole.copy_(buffers[name])
 
@@ -128,6 +138,7 @@ class ShardedEarlyPruner:
         """Shards the network anew if it was cut, and gives the optimizer its parameters."""
         if not cut:
             return False
+        self._unfinished = True  # until it is sharded: the next call tries again, on the weights as they were then
         old = dict(self.model.named_parameters())
         modes = {name: module.training for name, module in self.model.named_modules()}
         smaller = copy.deepcopy(self._whole)  # shares nothing: the whole one goes on being watched
@@ -137,15 +148,15 @@ class ShardedEarlyPruner:
             parameter.grad = None
             parameter.requires_grad_(old[name].requires_grad)
         model = self._shard(smaller)
-        _check_sharded(model, "shard: returned a model that is not sharded")
+        _check_sharded(model, "shard: returned a model that is not sharded, or not all of it")
         new = dict(model.named_parameters())
         state = {}
         for name, whole in self._whole.named_parameters():
-            spread = self._spread.get(name, {})
-            state[name] = {
-                key: _spread_over(value, new[name], spread[key]) if key in spread else value
-                for key, value in self._state.state.get(whole, {}).items()
-            }
+            spread, devices = self._spread.get(name, {}), self._devices.get(name, {})
+            state[name] = {}
+            for key, value in self._state.state.get(whole, {}).items():
+                value = _spread_over(value, new[name], spread[key]) if key in spread else value
+                state[name][key] = value.to(devices[key]) if key in devices else value
             if whole.grad is not None:
                 new[name].grad = _spread_over(whole.grad, new[name], new[name].placements)
         names = {id(parameter): name for name, parameter in old.items()}
@@ -153,7 +164,7 @@ class ShardedEarlyPruner:
             group["params"] = [new[names[id(parameter)]] for parameter in group["params"]]
         self.optimizer.state.clear()
         self.optimizer.state.update({new[name]: values for name, values in state.items() if values})
-        self.model = model
+        self.model, self._unfinished = model, False
         return True
 
 
@@ -170,7 +181,7 @@ def _spread_over(value: torch.Tensor, parameter: DTensor, placements: Sequence[A
 
 
 def _check_sharded(model: nn.Module, message: str) -> None:
-    if not isinstance(model, nn.Module) or not any(isinstance(p, DTensor) for p in model.parameters()):
+    if not isinstance(model, nn.Module) or not all(isinstance(p, DTensor) for p in model.parameters()):
         raise ModelError(message)
 
 

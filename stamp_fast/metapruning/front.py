@@ -37,11 +37,11 @@ class Front:
         """One line per budget."""
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["budget", self.unit, "score", "macs", "params", "ids"])
+            writer.writerow(["budget", "unit", "cost", "score", "ids"])
             for budget, genome, score in zip(self.budgets, self.genomes, self.scores, strict=True):
                 cost = getattr(genome.space.graph, self.unit)(genome.keep)
                 ids = " ".join(map(str, genome.ids))
-                writer.writerow([budget, cost, score, genome.macs(), genome.params(), ids])
+                writer.writerow([budget, self.unit, cost, score, ids])
         return Path(path)
 
     def plot(self, path: str | PathLike, title: str = "") -> Path:
@@ -84,6 +84,8 @@ def front(
         ArgumentError: no budgets, or of several units.
         StampFastError: what `search` raises.
     """
+    if not all(isinstance(budget, Budget) for budget in budgets):
+        raise ArgumentError(f"budgets: expected a list of Budget, got {budgets!r}")
     units = {name for budget in budgets for name in budget.asked()}
     if len(units) != 1 or any(len(budget.asked()) != 1 for budget in budgets):
         raise ArgumentError(
@@ -94,11 +96,16 @@ def front(
     ordered = sorted(budgets, key=lambda budget: budget.asked()[unit])
     found = [search(net, (), (), budget=budget, scores=scores, **options) for budget in ordered]
     graph, at_least = net.space.graph, options.get("at_least", 0.0)
-    for i, budget in enumerate(ordered):
-        for ids, score in scores.known.items():
-            genome = net.space.genome(ids)
-            if score > scores.known[found[i].ids] and at_least <= budget.used(graph, genome.keep) <= 1:
-                found[i] = genome
+
+    def best() -> list[tuple[int, ...]]:
+        chosen = [genome.ids for genome in found]
+        for i, budget in enumerate(ordered):
+            for ids, score in scores.known.items():
+                if score > scores.known[chosen[i]] and at_least <= budget.used(graph, net.space.keep(ids)) <= 1:
+                    chosen[i] = ids
+        return chosen
+
+    found = [net.space.genome(ids) for ids in scores.from_first(best)]
     cost = getattr(graph, unit)
     tried = [(cost(net.space.genome(ids).keep) / cost(), score) for ids, score in scores.known.items()]
     fractions = [budget.asked()[unit] for budget in ordered]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .._phases import in_mode
 from ..budget import Budget, check_round_to
 from ..checks import check_model, check_prunable
-from ..errors import ArgumentError, CompactionError
+from ..errors import ArgumentError, CompactionError, ModelError
 from ..graph import ChannelGraph, Group, trace
 
 SCALES = tuple((10 + 3 * i) / 100 for i in range(31))  # section 2.1 of the paper's code: 0.10, 0.13, ..., 1.00
@@ -102,7 +104,7 @@ class SearchSpace:
             raise ArgumentError(f"scales: must be fractions above 0 in ascending order, the last 1, got {scales!r}")
         self.scales, self.round_to = tuple(scales), round_to or 1
         self._example, self._kept = example, tuple(keep)
-        self.graph = self._traced(copy.deepcopy(model))
+        self.graph = self._traced(copy.deepcopy(model).train())
         check_prunable(self.graph)
         self._fix_what_cannot_follow()
         self.genes: list[list[Group]] = self._genes(tied)
@@ -164,7 +166,8 @@ class SearchSpace:
         """Classes that stay at a scale."""
         # In ints as far as it goes: 0.29 * 100 is 28.999999999999996.
         classes = round(scale * 10**6) * group.num_classes // 10**6
-        unit = min(self.round_to, group.num_classes)
+        together = max(1, round(group.channels / group.num_classes))  # channels that go with one class
+        unit = min(self.round_to // math.gcd(self.round_to, together), group.num_classes)
         return max(unit, classes // unit * unit)
 
     def counts(self, ids: Sequence[int]) -> list[tuple[Group, int]]:
@@ -237,8 +240,8 @@ class SearchSpace:
     def fresh(self, keep: torch.Tensor, init: Callable[[nn.Module], Any] | None = None) -> nn.Module:
         """An ordinary network of the widths of `keep` with fresh weights.
 
-        Every module's `reset_parameters` draws them from torch's global generator; parameters of modules without it
-        are those of the dense model, cropped.
+        Every module's `reset_parameters` draws them from torch's global generator. Parameters of modules without it,
+        and of modules where one is frozen, are those of the dense model, cropped.
 
         Args:
             init: given each module afterwards, as by `nn.Module.apply`: for networks with an initialisation of their
@@ -246,12 +249,13 @@ class SearchSpace:
 
         Raises:
             CompactionError: such a network does not run as predicted; nothing is lost.
+            ModelError: a parametrized layer that cannot be given weights.
         """
         model = self.built(keep)
-        for module in model.modules():
+        for name, module in reversed(list(model.named_modules())):  # attention sets what its layers have drawn
             reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-            if callable(reset):
-                reset()
+            if callable(reset) and all(p.requires_grad for p in module.parameters()):
+                _reset(name, module, reset)
         return model if init is None else model.apply(init)
 
     def built(self, keep: torch.Tensor) -> nn.Module:
@@ -263,16 +267,26 @@ class SearchSpace:
         )
         return graph.compact(keep)
 
-    def signature(self) -> tuple[str, Callable[[str], str]]:
-        """What tells this space from others, as text, and what says how another text differs; "" if it does not."""
+    def signature(self) -> str:
+        """What tells this space from others."""
         genes = [[[group.name, group.channels, group.num_classes] for group in gene] for gene in self.genes]
-        mine = json.dumps({"genes": genes, "scales": self.scales, "round_to": self.round_to})
-
-        def difference(other: str) -> str:
-            return "" if other == mine else "other groups or widths"
-
-        return mine, difference
+        return json.dumps({"genes": genes, "scales": self.scales, "round_to": self.round_to})
 
     def __repr__(self) -> str:
         kind = type(self.graph.model).__name__
         return f"SearchSpace({kind}: {len(self.genes)} genes, {len(self.scales)} widths each)"
+
+
+@torch.no_grad()
+def _reset(name: str, module: nn.Module, reset: Callable[[], Any]) -> None:
+    if not parametrize.is_parametrized(module):
+        reset()
+        return
+    with parametrize.cached():  # otherwise it would fill a tensor that is thrown away
+        reset()
+        drawn = {key: getattr(module, key).clone() for key in module.parametrizations}
+    try:
+        for key, value in drawn.items():
+            setattr(module, key, value)
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model: '{name}' is parametrized and cannot be given fresh weights: {error}") from error

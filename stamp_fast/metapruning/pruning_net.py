@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,12 +14,13 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from .._phases import in_mode
 from .._run import Run
-from ..data import Batches, LossFn, cross_entropy, guarded, inputs_of, logits_of
-from ..errors import ArgumentError
+from ..data import Batches, LossFn, cross_entropy, guarded, logits_of
+from ..errors import ArgumentError, LoaderError
 from ..graph._plan import Plan, swapped
 from ..graph._record import call_model
 from ..graph.graph import Slot
@@ -25,6 +28,7 @@ from ..ops import convolutions
 from ..recalibrate import recalibrate
 from .genome import Genome, SearchSpace
 
+_FIT = "stamp_fast.metapruning.PruningNet.fit"
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -41,9 +45,9 @@ class WeightGenerator(nn.Module):
 
     def __init__(self, weight: torch.Tensor, inputs: int, hidden: int) -> None:
         super().__init__()
-        self.first = nn.Linear(inputs, hidden)
+        self.first = nn.Linear(inputs, hidden, dtype=weight.dtype)
         spread = weight.std().item() if weight.numel() > 1 else 1.0
-        self.weight = nn.Parameter(torch.randn(*weight.shape, hidden) * spread / hidden**0.5)
+        self.weight = nn.Parameter(torch.randn(*weight.shape, hidden, dtype=weight.dtype) * spread / hidden**0.5)
         self.bias = nn.Parameter(weight.detach().clone())
 
     def forward(self, scales: torch.Tensor, kept: list[torch.Tensor | None]) -> torch.Tensor:
@@ -62,7 +66,8 @@ class PruningNet(nn.Module):
 
     Every weight matrix or filter bank that a gene touches has a `WeightGenerator` of its own, given the scales of all
     genes that touch it. Batch norms have a scale and shift of their own for every width, or none (`affine`); their
-    statistics are taken anew for every genome (`score`). The classifier and all other parameters are ordinary, cropped.
+    statistics are taken anew for every genome (`score`). The classifier and all other parameters are ordinary, cropped;
+    frozen ones stay as they are.
 
     Args:
         model: the widest network; it is copied.
@@ -96,15 +101,22 @@ class PruningNet(nn.Module):
                 continue
             key, tensor = str(i), slot.tensor.detach()
             self._genes[i] = self._genes_of(slot)
-            if len(slot.axes) > 1 and self._genes[i] and id(slot.tensor) not in head:
+            learns = slot.tensor.requires_grad
+            if learns and len(slot.axes) > 1 and self._genes[i] and id(slot.tensor) not in head:
                 self.generators[key] = WeightGenerator(tensor, len(self._genes[i]), hidden)
-            elif _is_norm(slot) and len(slot.axes) == 1:
+            elif learns and _is_norm(slot) and len(slot.axes) == 1:
                 if affine:
                     self.norms[key] = nn.Parameter(tensor.expand(len(self.space.scales), -1).clone())
             else:
-                self.shared[key] = nn.Parameter(tensor.clone())
+                self.shared[key] = nn.Parameter(tensor.clone(), requires_grad=learns)
         self.to(graph.device)
+        shapes = [list(slot.tensor.shape) for slot in graph.slots]
+        self._architecture = json.dumps([self.space.signature(), hidden, affine, shapes])
         self._plans: dict[tuple[int, ...], Plan] = {}
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PruningNet:
+        self.space.graph.model._apply(fn, recurse)  # the network that runs on what is generated
+        return super()._apply(fn, recurse)
 
     def _genes_of(self, slot: Slot) -> list[int]:
         found = [self._gene_of[axis].unique() for axis in slot.axes if axis is not None]
@@ -126,7 +138,8 @@ class PruningNet(nn.Module):
             key, kept = str(i), plan.kept[i]
             if key in self.generators:
                 scales = [genome.scales[gene] for gene in self._genes[i]]
-                made[i] = self.generators[key](torch.tensor(scales, device=device), kept)
+                weight = self.generators[key]
+                made[i] = weight(torch.tensor(scales, dtype=weight.bias.dtype, device=device), kept)
             elif key in self.norms:
                 made[i] = self._of_width(self.norms[key], slot, genome, kept[0])
             elif key in self.shared:
@@ -136,7 +149,7 @@ class PruningNet(nn.Module):
                 made[i] = torch.full(plan.shape(i), value, dtype=slot.tensor.dtype, device=device)
             else:
                 made[i] = _cropped(slot.tensor, kept).clone()
-                if slot.owners[0][1] in _RUNNING:
+                if slot.owners[0][1] in _RUNNING and _is_norm(slot):
                     made[i].fill_(slot.owners[0][1] == "running_var")
         return made
 
@@ -176,6 +189,10 @@ class PruningNet(nn.Module):
         if not isinstance(genome, Genome) or genome.space is not self.space:
             raise ArgumentError("genome: is not of this network's space; make it with net.space")
 
+    def _difference(self, other: str) -> str:
+        """What a checkpoint of another network has that this one has not."""
+        return "" if other == self._architecture else "other groups, widths, shapes, hidden= or affine="
+
     # --- training -----------------------------------------------------------------------------------------------------
     def fit(
         self,
@@ -211,18 +228,22 @@ class PruningNet(nn.Module):
         Raises:
             StampFastError: a loader or loss that cannot be; a checkpoint of another training.
         """
-        for name, value in (("epochs", epochs), ("lr", lr)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ArgumentError(f"{name}: must be a number above 0, got {value!r}")
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ArgumentError(f"epochs: must be a whole number of at least 1, got {epochs!r}")
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
+            raise ArgumentError(f"lr: must be a number above 0, got {lr!r}")
         loss = guarded(loss_fn or functools.partial(cross_entropy, label_smoothing=label_smoothing))
         batches = Batches(loader, self.space.graph.device)
-        decayed = list(self.shared.parameters())
+        decayed = [parameter for parameter in self.shared.parameters() if parameter.requires_grad]
         rest = [*self.generators.parameters(), *self.norms.parameters()]
         groups = [{"params": p, "weight_decay": d} for p, d in ((rest, 0.0), (decayed, weight_decay)) if p]
         optimizer = torch.optim.SGD(groups, lr, momentum=momentum)
         schedule = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed}
-        run = Run(checkpoint, "stamp_fast.metapruning.PruningNet.fit", schedule, {}, *self.space.signature())
-        first, length, together = run.resume(self, optimizer), batches.length(), _Together(self)
+        schedule["label_smoothing"] = label_smoothing if loss_fn is None else None
+        run = Run(checkpoint, _FIT, schedule, {}, self._architecture, self._difference)
+        length, together = batches.length(), _Together(self, batches.length())
+        first = together.from_first(lambda: run.resume(self, optimizer), optimizer)
+        optimizer.zero_grad()
         for epoch in tqdm(range(first, epochs), desc="PruningNet", disable=not progress):
             draw = random.Random(f"{seed} {epoch}")
             if hasattr(getattr(loader, "sampler", None), "set_epoch"):
@@ -230,8 +251,9 @@ class PruningNet(nn.Module):
             for step, batch in enumerate(batches.one_pass()):
                 for group in optimizer.param_groups:  # without a length the rate changes once an epoch
                     group["lr"] = lr * (1 - (epoch + (min(step / length, 1.0) if length else 0.0)) / epochs)
-                with self.as_network(self.space.random(draw)) as network, in_mode(network, training=True):
-                    loss(network, batch).backward()
+                genome = self.space.random(draw)
+                with together.failing_together(), self.as_network(genome) as net, in_mode(net, training=True):
+                    loss(net, batch).backward()
                 together.average_gradients()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -253,14 +275,22 @@ class PruningNet(nn.Module):
         Args:
             calibration: batches that the batch norms take their statistics from.
             validation: batches that are scored, held out of the training.
-            metric: (network in eval mode, batch) -> (sum over the examples, how many); default: correct answers.
+            metric: (network in eval mode, batch) -> (sum over the examples, how many); default: correct answers. It
+                runs the network on the calibration batches too.
+
+        Raises:
+            ArgumentError: no batch to calibrate on, no examples to score, or batches that the default does not fit.
         """
-        metric = metric or hits
+        metric, device = metric or hits, self.space.graph.device
         with self.as_network(genome) as network:
-            recalibrate(network, calibration, _forward)
+            batches = _on(device, calibration)
+            first = next(batches, None)
+            if first is None:
+                raise ArgumentError("calibration: has no batch")
+            recalibrate(network, itertools.chain([first], batches), metric)
             with in_mode(network, training=False):
                 total, count = 0.0, 0
-                for batch in validation:
+                for batch in _on(device, validation):
                     value, examples = metric(network, batch)
                     total, count = total + float(value), count + examples
         if not count:
@@ -269,16 +299,59 @@ class PruningNet(nn.Module):
 
 
 class _Together:
-    """Processes that train one PruningNet; with one there is nothing to do."""
+    """Processes that train one PruningNet; with one there is nothing to do.
 
-    def __init__(self, net: PruningNet) -> None:
+    Args:
+        length: of this process's loader.
+
+    Raises:
+        ArgumentError: the loaders differ in length.
+    """
+
+    def __init__(self, net: PruningNet, length: int | None) -> None:
         on = distributed.is_available() and distributed.is_initialized()
         self.ranks = distributed.get_world_size() if on else 1
         self.is_first = self.ranks == 1 or distributed.get_rank() == 0
-        self.parameters = list(net.parameters())
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         if self.ranks > 1:
-            for parameter in self.parameters:
-                distributed.broadcast(parameter.data, 0)
+            lengths: list[Any] = [None] * self.ranks
+            distributed.all_gather_object(lengths, length)
+            if None in lengths or len(set(lengths)) > 1:
+                raise ArgumentError(f"loader: has to have a length, the same in all processes; got {lengths}")
+
+    def from_first(self, resume: Callable[[], int], optimizer: torch.optim.Optimizer) -> int:
+        """Where the first process's checkpoint is; all go on from there."""
+        if self.ranks == 1:
+            return resume()
+        sent: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                sent = [resume(), optimizer.state_dict()["state"]]
+            except Exception as error:
+                sent = [error, None]
+        distributed.broadcast_object_list(sent, 0)
+        if isinstance(sent[0], Exception):
+            raise sent[0]
+        optimizer.load_state_dict({"state": sent[1], "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter in self.parameters:
+            distributed.broadcast(parameter.data, 0)
+        return sent[0]
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An error in one process ends all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.ranks > 1:
+            flag = torch.tensor([error is not None], dtype=torch.int32, device=self.parameters[0].device)
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+            if bool(flag) and error is None:
+                raise LoaderError("loader: a batch of another process failed; its error is there")
+        if error is not None:
+            raise error
 
     def average_gradients(self) -> None:
         if self.ranks > 1:
@@ -289,13 +362,26 @@ class _Together:
 
 
 def hits(network: nn.Module, batch: Any) -> tuple[float, int]:
-    """Correct answers in a batch of (inputs, class indices), and how many there could be."""
-    inputs, labels = batch
-    return (logits_of(network(inputs)).argmax(-1) == labels).sum().item(), labels.numel()
+    """Correct answers in a batch of (inputs, class indices), and how many there could be.
+
+    Raises:
+        ArgumentError: another batch; it takes a `metric`.
+    """
+    inputs, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        raise ArgumentError("metric: the default is for batches of (inputs, class indices); pass metric=")
+    classes = logits_of(call_model(network, inputs)).argmax(1)
+    if classes.shape != labels.shape:
+        raise ArgumentError(
+            f"metric: the network's classes {tuple(classes.shape)} and the labels {tuple(labels.shape)} differ in "
+            "shape; pass metric="
+        )
+    return (classes == labels).sum().item(), labels.numel()
 
 
-def _forward(network: nn.Module, batch: Any) -> Any:
-    return call_model(network, inputs_of(batch))
+def _on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        yield tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, batch)
 
 
 def _is_norm(slot: Slot) -> bool:

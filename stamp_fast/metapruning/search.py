@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from .._files import real_path
+from .._run import digest
 from ..budget import Budget
 from ..data import Batches
 from ..errors import ArgumentError, CheckpointError
@@ -31,99 +33,119 @@ Metric = Callable[[nn.Module, Any], tuple[float, int]]
 class Scores:
     """What every genome scored, kept in a file as they come. Budgets do not matter to a score: searches can share it.
 
-    Under torch.distributed each process scores its part of the genomes.
+    Under torch.distributed each process scores its part of the genomes, on the same images; the first one has the file.
 
     Args:
+        calibration, validation: their first pass counts: every genome is to meet the same images. They stay in the
+            memory of the CPU.
         path: JSON lines; if it is there, what it holds is not scored again. None keeps nothing.
 
     Raises:
-        CheckpointError: a file of another network, or of other batches.
+        CheckpointError: a file of another network, training, metric, or of other images.
+        ArgumentError: the processes hold other weights or images.
     """
 
     def __init__(
         self, net: PruningNet, calibration: Iterable[Any], validation: Iterable[Any], metric: Metric | None, path: Any
     ) -> None:
-        device = net.space.graph.device
         self.net, self.metric = net, metric
-        # Once: every genome is to meet the same images.
-        self.calibration = list(Batches(calibration, device).one_pass())
-        self.validation = list(Batches(validation, device).one_pass())
+        self.calibration = list(Batches(calibration, torch.device("cpu")).one_pass())
+        self.validation = list(Batches(validation, torch.device("cpu")).one_pass())
         self.known: dict[tuple[int, ...], float] = {}
         self.path = None if path is None else real_path(path)
         together = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.ranks = distributed.get_world_size() if together else 1
-        self._load()
+        signature = self._signature()
+        if any(other != signature for other in self._of_all(signature)):
+            raise ArgumentError(
+                "search: the processes hold other weights, or other calibration or validation images; give all the same"
+            )
+        self.known = self.from_first(lambda: self._load(signature))
 
     def of(self, genomes: list[Genome], done: Callable[[int], None] = lambda count: None) -> list[float]:
-        """Scores of all; those that are not known yet are worked out. `done` hears how many more are."""
+        """Scores of all; those that are not known yet are worked out. `done` hears how many more are.
+
+        Raises:
+            ArgumentError: a score that is not finite, or what `metric` raises, in all processes.
+        """
         new = [g for g in dict.fromkeys(genomes) if g.ids not in self.known]
         done(len(genomes) - len(new))
         for start in range(0, len(new), self.ranks):
             part = new[start : start + self.ranks]
-            score = float("nan")
-            if self.rank < len(part):
-                score = self.net.score(part[self.rank], self.calibration, self.validation, self.metric)
-            for genome, value in zip(part, self._gathered(score), strict=False):
+            mine = self._tried(part[self.rank]) if self.rank < len(part) else 0.0
+            found = self._of_all(mine)
+            for value in found:
+                if isinstance(value, Exception):
+                    raise value
+            for genome, value in zip(part, found, strict=False):
                 self.known[genome.ids] = value
                 self._append({"ids": genome.ids, "score": value})
             done(len(part))
         return [self.known[genome.ids] for genome in genomes]
 
-    def from_first(self, make: Callable[[], list[Genome]]) -> list[Genome]:
-        """What the first process makes, in all of them: measured costs, and so what fits, differ between processes."""
+    def _tried(self, genome: Genome) -> float | Exception:
+        try:
+            score = self.net.score(genome, self.calibration, self.validation, self.metric)
+        except Exception as error:
+            if self.ranks == 1:
+                raise
+            return error
+        if math.isfinite(score):
+            return score
+        return ArgumentError(f"metric: gave {score} for the widths {genome.widths()}; a score has to be finite")
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What the first process makes, in all of them: files, measured costs, and so what fits, are its own."""
         if self.ranks == 1:
             return make()
         made: list[Any] = [None]
         if self.rank == 0:
             try:
-                made = [[genome.ids for genome in make()]]
+                made = [make()]
             except Exception as error:
                 made = [error]
         distributed.broadcast_object_list(made, 0)
         if isinstance(made[0], Exception):
             raise made[0]
-        return [self.net.space.genome(ids) for ids in made[0]]
+        return made[0]
 
-    def _gathered(self, score: float) -> list[float]:
-        if self.ranks == 1:
-            return [score]
-        device = self.net.space.graph.device if distributed.get_backend() == "nccl" else torch.device("cpu")
-        mine = torch.tensor([score], dtype=torch.float64, device=device)
-        found = [torch.empty_like(mine) for _ in range(self.ranks)]
-        distributed.all_gather(found, mine)
-        return [value.item() for value in found]
+    def _of_all(self, mine: Any) -> list[Any]:
+        """What every process has."""
+        found = [mine] * self.ranks
+        if self.ranks > 1:
+            distributed.all_gather_object(found, mine)
+        return found
 
     def _signature(self) -> str:
-        """Of the network and of what it is scored on."""
-        with torch.no_grad():
-            weights = sum(p.double().abs().sum().item() for p in self.net.parameters())
-        batches = [[t.double().sum().item() for t in _tensors(b)] for b in (*self.calibration, *self.validation)]
-        return json.dumps([self.net.space.signature()[0], round(weights, 3), batches])
+        """Of the network, of what it is scored on, and how."""
+        parameters = [p for _, p in sorted(self.net.named_parameters())]
+        images = [tensor for batch in (*self.calibration, *self.validation) for tensor in _tensors(batch)]
+        metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
+        return json.dumps([self.net.space.signature(), digest(parameters), digest(images), metric])
 
-    def _load(self) -> None:
+    def _load(self, signature: str) -> dict[tuple[int, ...], float]:
         if self.path is None:
-            return
-        if os.path.exists(self.path):
-            try:
-                with open(self.path) as file:
-                    lines = file.read().split("\n")
-                # What follows the last line break was being written when the process ended.
-                first, *rest = [json.loads(line) for line in lines[:-1]]
-                self.known = {tuple(line["ids"]): float(line["score"]) for line in rest}
-                theirs = first["scores"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"search: '{self.path}' is not a file of scores ({error}); use another"
-                ) from error
-            if theirs != self._signature():
-                raise CheckpointError(
-                    f"search: '{self.path}' holds scores of another network, training or images; use another file"
-                )
-            if lines[-1] and self.rank == 0:
-                os.truncate(self.path, os.path.getsize(self.path) - len(lines[-1].encode()))
-        else:
-            self._append({"scores": self._signature()})
+            return {}
+        if not os.path.exists(self.path):
+            self._append({"scores": signature})
+            return {}
+        try:
+            with open(self.path) as file:
+                lines = file.read().split("\n")
+            # What follows the last line break was being written when the process ended.
+            first, *rest = [json.loads(line) for line in lines[:-1]]
+            known = {tuple(line["ids"]): float(line["score"]) for line in rest}
+            theirs = first["scores"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"search: '{self.path}' is not a file of scores ({error}); use another") from error
+        if theirs != signature:
+            raise CheckpointError(
+                f"search: '{self.path}' holds scores of another network, training, metric or images; use another file"
+            )
+        if lines[-1]:
+            os.truncate(self.path, os.path.getsize(self.path) - len(lines[-1].encode()))
+        return known
 
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None or self.rank:
@@ -158,7 +180,7 @@ def search(
 
     As in the paper's code: the best `population` genomes of all so far are kept, the best `parents` of them have
     offspring; what is beyond the budget is dropped, never penalised. Where few genomes fit, random ones that do not are
-    narrowed until they do (ours). It ends early when there is no new genome left.
+    widened or narrowed until they do (ours). It ends early when there is no new genome left.
 
     Args:
         net: trained by `fit`.
@@ -179,31 +201,37 @@ def search(
         BudgetError: not even the narrowest genome is within the budget.
         ArgumentError: an argument that cannot be; no genome uses as much as `at_least`.
         CheckpointError: a checkpoint of another network or of other images.
+
+    The first process's measured costs decide where there are several.
     """
-    counts = {"population": population, "parents": parents, "generations": generations}
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < (2 if name == "parents" else 1):
-            raise ArgumentError(f"{name}: must be a whole number of at least {1 + (name == 'parents')}, got {value!r}")
+    counts = {"population": (population, 1), "parents": (parents, 2), "generations": (generations, 1)}
+    counts |= {"mutations": (mutations, 0), "crossovers": (crossovers, 0), "seed": (seed, 0)}
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ArgumentError(f"{name}: must be a whole number of at least {least}, got {value!r}")
+    fractions = {"mutation_probability": mutation_probability, "at_least": at_least}
+    for name, value in fractions.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise ArgumentError(f"{name}: must be a fraction in [0, 1], got {value!r}")
     if not isinstance(budget, Budget):
         raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
-    if not 0 <= at_least < 1:
-        raise ArgumentError(f"at_least: must be a fraction in [0, 1), got {at_least!r}")
     scores = scores or Scores(net, calibration, validation, metric, checkpoint)
     pool = _Pool(net, budget, at_least, random.Random(seed))
     wanted = [population] + [mutations + crossovers] * (generations - 1)
     best: list[Genome] = []
 
-    def made(generation: int) -> list[Genome]:
+    def made(generation: int) -> list[tuple[int, ...]]:
         if generation == 0:
-            pool.check()
-            return pool.drawn(population)
-        offspring = pool.mutated(best[:parents], mutations, mutation_probability)
-        offspring += pool.crossed(best[:parents], crossovers)
-        return offspring + pool.drawn(wanted[generation] - len(offspring))
+            new = pool.first(population)
+        else:
+            new = pool.mutated(best[:parents], mutations, mutation_probability)
+            new += pool.crossed(best[:parents], crossovers)
+            new += pool.drawn(wanted[generation] - len(new))
+        return [genome.ids for genome in new]
 
     with tqdm(total=sum(wanted), desc="search", disable=not progress) as bar:
         for generation in range(generations):
-            new = scores.from_first(functools.partial(made, generation))
+            new = [net.space.genome(ids) for ids in scores.from_first(functools.partial(made, generation))]
             if not new:
                 break
             scores.of(new, bar.update)
@@ -220,13 +248,20 @@ class _Pool:
         self.seen: set[tuple[int, ...]] = set()
         self.rejected = 0
 
-    def check(self) -> None:
-        """Raises if no genome fits."""
+    def first(self, count: int) -> list[Genome]:
+        """The first generation.
+
+        Raises:
+            BudgetError, ArgumentError: there is none.
+        """
         if self._used(self.space.smallest) > 1:
             raise self.budget.out_of_reach(self.space.graph, self.space.smallest.keep)
-        widest = self._used(self.space.largest)
-        if widest < self.at_least:
-            raise ArgumentError(f"at_least: the widest network uses {widest:.3f} of the budget")
+        found = self.drawn(count)
+        if not found:
+            raise ArgumentError(
+                f"at_least: no genome was found that uses {self.at_least:g} to 1 of the budget; ask for less"
+            )
+        return found
 
     def mutated(self, parents: list[Genome], count: int, probability: float) -> list[Genome]:
         """Copies of parents with other widths."""
@@ -252,16 +287,17 @@ class _Pool:
         return self._collected(child, count, _ROUNDS * _TRIES) if len(parents) > 1 else []
 
     def drawn(self, count: int) -> list[Genome]:
-        """Random ones, and where these do not fit, such as are narrowed until they do."""
+        """Random ones, and where these do not fit, such as are widened or narrowed until they do."""
         found = self._collected(lambda: self.space.random(self.draw), count, _TRIES * count)
         missing = count - len(found)
-        return found + self._collected(self._narrowed, missing, _REPAIRS * missing)
+        return found + self._collected(self._repaired, missing, _REPAIRS * missing)
 
-    def _narrowed(self) -> Genome:
-        ids = list(self.space.random(self.draw).ids)
+    def _repaired(self) -> Genome:
+        ids, widest = list(self.space.random(self.draw).ids), len(self.space.scales) - 1
+        while self._used(Genome(self.space, tuple(ids))) < self.at_least and min(ids) < widest:
+            ids[self.draw.choice([gene for gene, i in enumerate(ids) if i < widest])] += 1
         while self._used(Genome(self.space, tuple(ids))) > 1:
-            gene = self.draw.choice([gene for gene, i in enumerate(ids) if i])
-            ids[gene] -= 1
+            ids[self.draw.choice([gene for gene, i in enumerate(ids) if i])] -= 1
         return Genome(self.space, tuple(ids))
 
     def _collected(self, make: Callable[[], Genome], count: int, tries: int) -> list[Genome]:

@@ -7,6 +7,8 @@ import pytest
 import torch
 import train_sharded
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from stamp_fast import ArgumentError, ModelError
 from stamp_fast.early import EarlyPruner
@@ -43,8 +45,11 @@ def pruner_of(model: nn.Module, **changes) -> ShardedEarlyPruner:
 
 def test_what_cannot_be_is_refused(alone):
     model = train_sharded.shard(train_sharded.network())
-    with pytest.raises(ModelError, match="not sharded; use EarlyPruner"):
-        pruner_of(train_sharded.network())
+    partly = train_sharded.network()
+    fully_shard(partly[3], mesh=init_device_mesh("cpu", (1,)))
+    for other in (train_sharded.network(), partly):
+        with pytest.raises(ModelError, match="not sharded, or not all of it"):
+            pruner_of(other)
     with pytest.raises(ArgumentError, match=re.escape("its '0.weight' is ((16, 3, 3, 3), torch.float32)")):
         pruner_of(model, make=lambda: train_sharded.network().float())
     with pytest.raises(ArgumentError, match="make: gives another network"):
@@ -74,3 +79,9 @@ def test_a_shard_that_fails_leaves_model_and_optimizer(alone):
     for mine, parameter, held in zip(before, model.parameters(), optimizer.param_groups[0]["params"], strict=True):
         assert parameter is held and torch.equal(parameter.full_tensor(), mine)
     assert len(optimizer.state) == sum(p.grad is not None for p in model.parameters())
+    pruner._shard = train_sharded.shard
+    assert pruner.epoch_end()  # it is tried again
+    assert pruner.model is not model and pruner.model[0].weight.shape[0] < 16
+    pruner.model(images).square().sum().backward()
+    optimizer.step()
+    assert not pruner.epoch_end()

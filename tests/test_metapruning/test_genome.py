@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from stamp_fast import ArgumentError, Budget, BudgetError, ModelError
 from stamp_fast.metapruning import SCALES, SearchSpace
@@ -145,3 +146,30 @@ def test_groups_that_cannot_follow_are_left_out():
     space = SearchSpace(Literal(), EXAMPLE)
     assert "up.0" not in space.smallest.widths()
     assert space.smallest.build()(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_parametrized_layers_and_attention_get_fresh_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    built = SearchSpace(model, EXAMPLE).largest.build()
+    assert not torch.equal(built[0].weight, model[0].weight)
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.embed(x.flatten(2).transpose(1, 2))
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    fresh = SearchSpace(Attends(), EXAMPLE).largest.build()
+    assert fresh.attention.out_proj.bias.eq(0).all() and fresh.attention.in_proj_bias.eq(0).all()
+
+
+def test_widths_are_multiples_where_channels_go_together():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GroupNorm(8, 32), nn.ReLU(), nn.Conv2d(32, 4, 1))
+    space = SearchSpace(model, EXAMPLE, round_to=8)
+    found = {space.genome([i]).widths()["0"] for i in range(31)}
+    assert found == {8, 16, 24, 32}

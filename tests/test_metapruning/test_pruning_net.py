@@ -147,7 +147,9 @@ def test_gradients_reach_the_generators_and_nothing_of_the_given_model():
     torch.manual_seed(0)
     net = PruningNet(model, EXAMPLE, hidden=8)
     before = copy.deepcopy(model.state_dict())
+    fresh = copy.deepcopy(net.state_dict())
     net.fit(data(), epochs=1, lr=0.1, progress=False)
+    assert not any(torch.equal(net.state_dict()[name], fresh[name]) for name in fresh if name.endswith(".weight"))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     assert all(p.grad is None for p in model.parameters())
     inner = net.space.graph.model
@@ -234,9 +236,105 @@ def test_what_cannot_be_is_refused():
         del net_of_hidden
     with pytest.raises(ArgumentError, match="not of this network's space"):
         net(net_of().space.smallest, EXAMPLE)
-    with pytest.raises(ArgumentError, match="epochs"):
-        net.fit(data(), epochs=0)
+    for epochs in (0, 1.5, True):
+        with pytest.raises(ArgumentError, match="epochs"):
+            net.fit(data(), epochs=epochs)
+    with pytest.raises(ArgumentError, match="calibration: has no batch"):
+        net.score(net.space.smallest, [], data(1))
     with pytest.raises(ArgumentError, match="validation: has no examples"):
         net.score(net.space.smallest, data(1), [])
     with pytest.raises(LoaderError, match="yields no batch"):
         net.fit([], epochs=1)
+
+
+def test_frozen_parameters_stay_as_they_are():
+    model = Net()
+    model.stem.weight.requires_grad_(False)
+    model.fc.bias.requires_grad_(False)
+    net = PruningNet(model, EXAMPLE, hidden=8)
+    net.fit(data(), epochs=1, lr=0.1, progress=False)
+    genome = net.space.genome([9, 9, 9])
+    for built in (net.build(genome), genome.build()):
+        width = built.stem.out_channels
+        assert torch.equal(built.stem.weight, model.stem.weight[:width])
+        assert not built.stem.weight.requires_grad and built.side.weight.requires_grad
+    assert torch.equal(net.build(genome).fc.bias, model.fc.bias)
+
+
+def test_only_the_statistics_of_batch_norms_are_taken_anew():
+    class Centered(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.full((3, 1, 1), 5.0))
+
+        def forward(self, x):
+            return super().forward(x - self.running_mean)
+
+    torch.manual_seed(0)
+    net = PruningNet(Centered().eval(), EXAMPLE, hidden=8)
+    genome = net.space.genome([9, 9, 9])
+    assert net.build(genome).running_mean.eq(5).all()
+    built = net.build(genome)
+    recalibrate(built, data(2), lambda model, batch: model(batch[0]))
+    assert not built.bn.running_mean.eq(0).any()
+    with_statistics = net.score(genome, data(2), data(2), lambda m, b: (m(b[0]).sum().item(), 1))
+    built.eval()
+    with torch.no_grad():
+        expected = sum(built(images).sum().item() for images, _ in data(2)) / 2
+    assert with_statistics == pytest.approx(expected, rel=1e-4)
+
+
+def test_batches_of_any_form_with_a_metric():
+    class Two(Net):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    torch.manual_seed(0)
+    net = PruningNet(Two(), (EXAMPLE, EXAMPLE), hidden=8)
+    batches = [{"x": x, "y": 0 * x, "labels": labels} for x, labels in data(2)]
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["x"], batch["y"]), batch["labels"])
+
+    def metric(model, batch):
+        right = model(batch["x"], batch["y"]).argmax(1) == batch["labels"]
+        return right.sum().item(), len(right)
+
+    net.fit(batches, epochs=1, lr=0.1, loss_fn=loss, progress=False)
+    genome = net.space.genome([9, 9, 9])
+    assert 0 <= net.score(genome, batches, batches, metric) <= 1
+    with pytest.raises(ArgumentError, match="pass metric="):
+        net.score(genome, batches, batches)
+
+
+@pytest.mark.parametrize("targets", [torch.rand(16, 4), torch.zeros(16, 2, dtype=torch.long)])
+def test_the_default_metric_refuses_what_it_cannot_count(targets):
+    net = net_of()
+    with pytest.raises(ArgumentError, match="pass metric="):
+        net.score(net.space.smallest, data(1), [(data(1)[0][0], targets)])
+
+
+def test_other_dtypes():
+    torch.manual_seed(0)
+    batches = [(images.double(), labels) for images, labels in data(2)]
+    net = PruningNet(Net().double(), EXAMPLE.double(), hidden=8).fit(batches, epochs=1, lr=0.1, progress=False)
+    assert net.build(net.space.smallest).stem.weight.dtype == torch.float64
+    moved = net_of().double().fit(batches, epochs=1, lr=0.1, progress=False)
+    assert 0 <= moved.score(moved.space.smallest, batches, batches) <= 1
+
+
+def test_gradients_from_before_do_not_count():
+    first = net_of()
+    first(first.space.smallest, torch.randn(2, 3, 8, 8)).sum().backward()
+    states = [net.fit(data(2), epochs=1, lr=0.1, progress=False).state_dict() for net in (first, net_of())]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_checkpoints_of_other_networks_are_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    options = {"epochs": 1, "lr": 0.1, "checkpoint": path, "progress": False}
+    net_of().fit(data(1), **options)
+    with pytest.raises(CheckpointError, match="another network"):
+        net_of(affine=True).fit(data(1), **options)
+    with pytest.raises(CheckpointError, match="label_smoothing"):
+        net_of().fit(data(1), label_smoothing=0.2, **options)

@@ -1,16 +1,19 @@
 import itertools
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
+import search_run
 import torch
 from test_pruning_net import data, net_of
 
 from stamp_fast import ArgumentError, Budget, BudgetError, CheckpointError
+from stamp_fast.cost_table import CostTable
 from stamp_fast.metapruning import Genome, Scores, front, search
 from stamp_fast.metapruning.search import _Pool
-from tests.processes import launch
+from tests.processes import TIMEOUT, launch, spawn
 
 SMALL = {"population": 12, "parents": 4, "mutations": 6, "crossovers": 6, "generations": 5, "progress": False}
 
@@ -114,6 +117,34 @@ def test_what_is_far_below_the_budget_can_be_left_out(net):
     assert all(0.9 <= budget.used(net.space.graph, genome.keep) <= 1 for genome in scores.asked)
 
 
+def test_narrow_genomes_are_widened_where_too_few_use_enough(net):
+    pool = _Pool(net, Budget(macs=0.9), 0.95, random.Random(0))
+    found = pool.drawn(20)
+    assert len(found) >= 10
+    assert all(0.95 <= pool._used(genome) <= 1 for genome in found)
+
+
+def test_no_genome_that_uses_enough_is_an_error(net, images):
+    with pytest.raises(ArgumentError, match="at_least: no genome"):
+        search(net, *images, budget=Budget(macs=0.9713), at_least=0.99999, **SMALL)
+
+
+def test_scores_that_are_no_numbers_are_an_error(net, images):
+    with pytest.raises(ArgumentError, match="metric: gave nan"):
+        search(net, *images, budget=Budget(macs=0.5), metric=lambda m, b: (m(b[0]).sum() * float("nan"), 1), **SMALL)
+
+
+def test_a_search_in_time_repeats_with_its_table(net, images, tmp_path):
+    options = {"budget": Budget(latency=0.7), **SMALL}
+    found = []
+    for _ in range(2):
+        large = torch.randn(16, 3, 64, 64)  # small ones take no longer through wide networks
+        net.space.graph.cost_table = CostTable(net.space.graph, large, path=tmp_path / "costs.jsonl")
+        found.append(search(net, *images, checkpoint=tmp_path / "scores.jsonl", **options))
+    net.space.graph.cost_table = None
+    assert found[0] == found[1]
+
+
 def test_several_budgets_hold_at_once(net):
     scores = Counted(net, lambda genome: genome.macs())
     budget = Budget(macs=0.6, params=0.4)
@@ -127,7 +158,9 @@ def test_what_cannot_be_is_refused(net, images):
         search(net, *images, budget=Budget(macs=0.0001), **SMALL)
     with pytest.raises(ArgumentError, match="cost_table"):
         search(net, *images, budget=Budget(latency=0.5), **SMALL)
-    for name, value in (("population", 0), ("parents", 1), ("generations", 0), ("at_least", 1.0), ("budget", 0.5)):
+    wrong = [("population", 0), ("parents", 1), ("generations", 0), ("at_least", 1.5), ("budget", 0.5)]
+    wrong += [("mutations", -3), ("crossovers", 1.5), ("mutation_probability", 3), ("seed", None), ("at_least", "a")]
+    for name, value in wrong:
         with pytest.raises(ArgumentError, match=name):
             search(net, *images, **{"budget": Budget(macs=0.5), **SMALL, name: value})
 
@@ -178,10 +211,13 @@ def test_checkpoints_of_other_searches_are_refused(net, images, tmp_path):
     path = tmp_path / "scores.jsonl"
     options = {"budget": Budget(macs=0.5), "checkpoint": path, **SMALL}
     search(net, *images, **options)
-    with pytest.raises(CheckpointError, match="another network, training or images"):
-        search(net, images[0], data(3, seed=9), **options)
-    with pytest.raises(CheckpointError, match="another network, training or images"):
-        search(net_of(), *images, **options)
+    swapped = [(x, labels.flip(0)) for x, labels in images[1]]
+    others = [(net, images[0], data(3, seed=9)), (net_of(), *images), (net, images[0], swapped)]
+    for other in others:
+        with pytest.raises(CheckpointError, match="another network, training, metric or images"):
+            search(*other, **options)
+    with pytest.raises(CheckpointError, match="another network, training, metric or images"):
+        search(net, *images, metric=lambda m, b: (1.0, 1), **options)
     path.write_text("no scores\n")
     with pytest.raises(CheckpointError, match="not a file of scores"):
         search(net, *images, **options)
@@ -195,7 +231,7 @@ def test_one_call_searches_several_budgets(net, images, tmp_path):
         assert genome.macs() <= budget * net.space.largest.macs()
     assert found.scores == sorted(found.scores)  # what fits a small budget fits a large one
     lines = found.to_csv(tmp_path / "front.csv").read_text().splitlines()
-    assert lines[0] == "budget,macs,score,macs,params,ids" or lines[0].startswith("budget,macs,score")
+    assert lines[0] == "budget,unit,cost,score,ids"
     assert len(lines) == 4
     assert found.plot(tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
     for wrong in ([], [Budget(macs=0.5), Budget(params=0.5)], [Budget(macs=0.5, params=0.5)]):
@@ -203,11 +239,17 @@ def test_one_call_searches_several_budgets(net, images, tmp_path):
             front(net, *images, budgets=wrong, **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("images", "the processes hold other weights"), ("metric", "on purpose"), ("loader", "the same in all processes")],
+)
+def test_what_fails_in_one_process_ends_all(tmp_path, how, said):
+    for process in spawn([sys.executable, search_run.__file__, str(tmp_path), how], 2):
+        output, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 1 and said in output
+
+
 def test_processes_share_the_work_and_agree(tmp_path):
-    import sys
-
-    import search_run
-
     torch.manual_seed(0)
     launch([sys.executable, search_run.__file__, str(tmp_path)], 2)
     first, second = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in range(2))
