@@ -220,7 +220,13 @@ def render(machine: dict[str, Any], found: list[dict[str, Any]], scans: dict[tup
     for (network, importance, seed), made in scans.items():
         parts.append(f"## Where to cut: {network}, {importance}, seed {seed}")
         parts.append(f"![accuracy against the epoch of the cut]({_figure(network, importance, seed)})")
-        parts.append(_scan_verdict(made))
+        arm = f"EarlyPruner, {importance}"
+        same = [
+            r
+            for r in found
+            if (r["network"], r["arm"], r["seed"], r.get("cut_epoch")) == (network, arm, seed, made.chosen)
+        ]
+        parts.append(_scan_verdict(made, same[0]["accuracy"] if same else None))
     return "\n\n".join(parts) + "\n"
 
 
@@ -277,11 +283,14 @@ def _verdicts(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
     return ["\n".join(lines)]
 
 
-def _scan_verdict(made: Scan) -> str:
+def _scan_verdict(made: Scan, chosen: float | None) -> str:
+    """`chosen`: accuracy of the arm that cut at the chosen epoch; it is the same training."""
     best = f"The best cut is after epoch {made.best}, with {made.accuracy(made.best):.1%}"
-    if made.chosen not in made.epochs:
+    if made.chosen in made.epochs:
+        chosen = made.accuracy(made.chosen)
+    if chosen is None:
         return f"{best}; the indicator chose {made.chosen}, which was not scanned."
-    lost = 100 * (made.accuracy(made.best) - made.accuracy(made.chosen))
+    lost = 100 * (made.accuracy(made.best) - chosen)
     verdict = "met" if lost <= 0.5 else "**missed**"
     return (
         f"{best}; the indicator chose epoch {made.chosen}, {lost:.1f} points below.\n\n"

@@ -196,6 +196,15 @@ def test_the_page_of_early_pruning_prints_losses_too():
     assert "**missed**: within 0.5 points of the best" in page
 
 
+def test_a_chosen_epoch_that_was_not_scanned_is_that_of_the_arm_that_cut_there():
+    scans = {("resnet18", "taylor", 0): early.Scan([1, 7], [0.93, 0.92], [float("nan"), 0.9], 5, 0.944)}
+    dense = [early_row("dense", 0, 0.92, 100.0)]
+    page = early.render(MACHINE, [*dense, early_row(early.MINE, 0, 0.915, 60.0, 5)], scans)
+    assert "chose epoch 5, 1.5 points below" in page
+    for elsewhere in (early_row(early.MINE, 0, 0.915, 60.0, 6), early_row(early.MINE, 1, 0.915, 60.0, 5)):
+        assert "which was not scanned" in early.render(MACHINE, [*dense, elsewhere], scans)
+
+
 def searched(accuracy: float, predicted: float, scores: list[float]) -> str:
     common = {"kind": "arm", "network": "resnet18", "unit": "macs", "macs": 0.3, "latency": 0.5, "measured_ms": 10.0}
     found = [
