@@ -2,7 +2,7 @@
 
 from stamp_fast._load import HAS_CUDA_KERNELS
 
-from . import config, early, importance, nn
+from . import config, early, importance, metapruning, nn
 from .budget import Budget
 from .checkpoint import load, load_plan, save
 from .errors import (
@@ -44,6 +44,7 @@ __all__ = [
     "importance",
     "load",
     "load_plan",
+    "metapruning",
     "nn",
     "plan_of",
     "prune",
