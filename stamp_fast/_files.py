@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -61,6 +62,53 @@ def write(stored: dict[str, torch.Tensor], metadata: dict[str, str], target: str
         if isinstance(error, (OSError, SafetensorError, ValueError)):
             raise CheckpointError(f"save: cannot write '{target}': {error}") from error
         raise
+
+
+class JsonLines:
+    """A file of JSON lines that grows while something is worked out, and outlives a process that ends amid a line.
+
+    Args:
+        path: None keeps nothing.
+        what: of whom and what it is, for messages: "search: {} is not a file of scores".
+    """
+
+    def __init__(self, path: Any, what: str) -> None:
+        self.path, self.what = None if path is None else real_path(path), what
+
+    def read(self) -> list[Any]:
+        """Its lines. What follows the last line break was being written when a process ended: it is taken away.
+
+        Raises:
+            CheckpointError: something else is in it.
+        """
+        if self.path is None or not os.path.exists(self.path):
+            return []
+        try:
+            with open(self.path) as file:
+                *whole, torn = file.read().split("\n")
+            lines = [json.loads(line) for line in whole]
+            if torn:
+                os.truncate(self.path, os.path.getsize(self.path) - len(torn.encode()))
+        except (OSError, ValueError) as error:
+            raise self.unfit(error) from error
+        return lines
+
+    def unfit(self, error: Exception) -> CheckpointError:
+        """The error that its lines are not what they should be."""
+        return CheckpointError(f"{self.what.format(repr(self.path))} ({error}); use another")
+
+    def append(self, line: dict[str, Any]) -> None:
+        """
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self.path is None:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{self.path}': {error}") from error
 
 
 @contextlib.contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
 import random
 import statistics
 import time
@@ -18,8 +16,8 @@ from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ._files import real_path
-from .errors import ArgumentError, CheckpointError
+from ._files import JsonLines
+from .errors import ArgumentError
 from .graph._align import VIEWS, base_name
 from .graph._plan import swapped
 from .graph._record import call_model, fresh
@@ -54,7 +52,7 @@ class CostTable:
         self.graph, self.inputs = graph, inputs
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):
             raise ArgumentError("inputs: expected what a forward takes, a tensor, or a tuple or dict with some")
-        self.path = None if path is None else real_path(path)
+        self._file = JsonLines(path, "CostTable: {} is not a table of costs")
         self._sums: dict[bytes, float] = {}
         self._machine = _machine(graph.device)
         self._seconds: dict[str, float] = {}
@@ -88,28 +86,18 @@ class CostTable:
         return [1000 * statistics.median(times) for times in taken]
 
     def _read(self) -> None:
-        if self.path is None or not os.path.exists(self.path):
-            return
         try:
-            with open(self.path) as file:
-                lines = [json.loads(line) for line in file.read().split("\n")[:-1]]  # the last may not be whole
-            for line in lines:
+            for line in self._file.read():
                 if line["machine"] == self._machine and "fit" in line:
                     self._fits.setdefault(line["fit"], [float(value) for value in line["values"]])
                 elif line["machine"] == self._machine:
                     self._seconds.setdefault(line["op"], float(line["seconds"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"CostTable: '{self.path}' is not a table of costs ({error}); delete it") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._file.unfit(error) from error
 
     def _write(self, line: dict[str, Any]) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
-        if self.path is None or (together and distributed.get_rank()):
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line | {"machine": self._machine}) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"CostTable: cannot write '{self.path}': {error}") from error
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+            self._file.append(line | {"machine": self._machine})
 
     def _fit(self, draw: random.Random) -> list[float]:
         keeps = [self.graph.all_kept()]

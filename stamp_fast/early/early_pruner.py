@@ -157,9 +157,9 @@ class EarlyPruner:
         if ema is not None:
             matching(self._graph, ema)
         self.groups = [group.name for group in self._graph.prunable]
-        self._dense = {name: getattr(self._graph, name)() for name in budget.asked()}
         options = {"ranking": _RANKING, "round_to": round_to, "floor": floor}
         self._graph.select(filter_norms(self._graph), budget, **options)  # one that is out of reach is an error now
+        self._dense = {name: getattr(self._graph, name)() for name in budget.asked()}
         if state is not None:
             self.load_state_dict(state)
 

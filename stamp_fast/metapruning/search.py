@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +14,7 @@ from torch import distributed, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from .._files import real_path
+from .._files import JsonLines
 from .._run import digest
 from ..budget import Budget
 from ..data import Batches
@@ -52,7 +51,7 @@ class Scores:
         self.calibration = list(Batches(calibration, torch.device("cpu")).one_pass())
         self.validation = list(Batches(validation, torch.device("cpu")).one_pass())
         self.known: dict[tuple[int, ...], float] = {}
-        self.path = None if path is None else real_path(path)
+        self.file = JsonLines(path, "search: {} is not a file of scores")
         together = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.ranks = distributed.get_world_size() if together else 1
@@ -80,7 +79,8 @@ class Scores:
                     raise value
             for genome, value in zip(part, found, strict=False):
                 self.known[genome.ids] = value
-                self._append({"ids": genome.ids, "score": value})
+                if self.rank == 0:
+                    self.file.append({"ids": genome.ids, "score": value})
             done(len(part))
         return [self.known[genome.ids] for genome in genomes]
 
@@ -125,36 +125,21 @@ class Scores:
         return json.dumps([self.net.space.signature(), digest(parameters), digest(images), metric])
 
     def _load(self, signature: str) -> dict[tuple[int, ...], float]:
-        if self.path is None:
-            return {}
-        if not os.path.exists(self.path):
-            self._append({"scores": signature})
+        lines = self.file.read()
+        if not lines:
+            self.file.append({"scores": signature})
             return {}
         try:
-            with open(self.path) as file:
-                lines = file.read().split("\n")
-            # What follows the last line break was being written when the process ended.
-            first, *rest = [json.loads(line) for line in lines[:-1]]
-            known = {tuple(line["ids"]): float(line["score"]) for line in rest}
-            theirs = first["scores"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"search: '{self.path}' is not a file of scores ({error}); use another") from error
+            theirs = lines[0]["scores"]
+            known = {tuple(line["ids"]): float(line["score"]) for line in lines[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.file.unfit(error) from error
         if theirs != signature:
             raise CheckpointError(
-                f"search: '{self.path}' holds scores of another network, training, metric or images; use another file"
+                f"search: '{self.file.path}' holds scores of another network, training, metric or images; "
+                "use another file"
             )
-        if lines[-1]:
-            os.truncate(self.path, os.path.getsize(self.path) - len(lines[-1].encode()))
         return known
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if self.path is None or self.rank:
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"search: cannot write '{self.path}': {error}") from error
 
 
 def search(
