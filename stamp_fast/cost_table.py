@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ._files import JsonLines
+from ._processes import Processes
 from .errors import ArgumentError
 from .graph._align import VIEWS, base_name
 from .graph._plan import swapped
@@ -96,7 +97,7 @@ class CostTable:
             raise self._file.unfit(error) from error
 
     def _write(self, line: dict[str, Any]) -> None:
-        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+        if Processes().is_first:
             self._file.append(line | {"machine": self._machine})
 
     def _fit(self, draw: random.Random) -> list[float]:

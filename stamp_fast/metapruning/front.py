@@ -105,7 +105,7 @@ def front(
                     chosen[i] = ids
         return chosen
 
-    found = [net.space.genome(ids) for ids in scores.from_first(best)]
+    found = [net.space.genome(ids) for ids in scores.processes.from_first(best)]
     cost = getattr(graph, unit)
     tried = [(cost(net.space.genome(ids).keep) / cost(), score) for ids, score in scores.known.items()]
     fractions = [budget.asked()[unit] for budget in ordered]

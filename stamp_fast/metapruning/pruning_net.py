@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from .._phases import in_mode
+from .._processes import Processes
 from .._run import Run
 from ..data import Batches, LossFn, cross_entropy, guarded, logits_of
 from ..errors import ArgumentError, LoaderError
@@ -242,7 +243,7 @@ class PruningNet(nn.Module):
         schedule["label_smoothing"] = label_smoothing if loss_fn is None else None
         run = Run(checkpoint, _FIT, schedule, {}, self._architecture, self._difference)
         length, together = batches.length(), _Together(self, batches.length())
-        first = together.from_first(lambda: run.resume(self, optimizer), optimizer)
+        first = together.resumed(lambda: run.resume(self, optimizer), optimizer)
         optimizer.zero_grad()
         for epoch in tqdm(range(first, epochs), desc="PruningNet", disable=not progress):
             draw = random.Random(f"{seed} {epoch}")
@@ -257,7 +258,7 @@ class PruningNet(nn.Module):
                 together.average_gradients()
                 optimizer.step()
                 optimizer.zero_grad()
-            if together.is_first:
+            if together.processes.is_first:
                 run.save(self, optimizer, epoch + 1)
         return self
 
@@ -309,33 +310,21 @@ class _Together:
     """
 
     def __init__(self, net: PruningNet, length: int | None) -> None:
-        on = distributed.is_available() and distributed.is_initialized()
-        self.ranks = distributed.get_world_size() if on else 1
-        self.is_first = self.ranks == 1 or distributed.get_rank() == 0
+        self.processes = Processes()
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        if self.ranks > 1:
-            lengths: list[Any] = [None] * self.ranks
-            distributed.all_gather_object(lengths, length)
-            if None in lengths or len(set(lengths)) > 1:
-                raise ArgumentError(f"loader: has to have a length, the same in all processes; got {lengths}")
+        lengths = self.processes.of_all(length)
+        if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
+            raise ArgumentError(f"loader: has to have a length, the same in all processes; got {lengths}")
 
-    def from_first(self, resume: Callable[[], int], optimizer: torch.optim.Optimizer) -> int:
+    def resumed(self, resume: Callable[[], int], optimizer: torch.optim.Optimizer) -> int:
         """Where the first process's checkpoint is; all go on from there."""
-        if self.ranks == 1:
+        if self.processes.count == 1:
             return resume()
-        sent: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                sent = [resume(), optimizer.state_dict()["state"]]
-            except Exception as error:
-                sent = [error, None]
-        distributed.broadcast_object_list(sent, 0)
-        if isinstance(sent[0], Exception):
-            raise sent[0]
-        optimizer.load_state_dict({"state": sent[1], "param_groups": optimizer.state_dict()["param_groups"]})
+        first, state = self.processes.from_first(lambda: (resume(), optimizer.state_dict()["state"]))
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter in self.parameters:
             distributed.broadcast(parameter.data, 0)
-        return sent[0]
+        return first
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -345,7 +334,7 @@ class _Together:
             yield
         except Exception as caught:
             error = caught
-        if self.ranks > 1:
+        if self.processes.count > 1:
             flag = torch.tensor([error is not None], dtype=torch.int32, device=self.parameters[0].device)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
             if bool(flag) and error is None:
@@ -354,11 +343,11 @@ class _Together:
             raise error
 
     def average_gradients(self) -> None:
-        if self.ranks > 1:
+        if self.processes.count > 1:
             for parameter in self.parameters:  # not all: a first layer behind a dead ReLU has none
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 distributed.all_reduce(grad)
-                parameter.grad = grad / self.ranks
+                parameter.grad = grad / self.processes.count
 
 
 def hits(network: nn.Module, batch: Any) -> tuple[float, int]:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from .._files import JsonLines
+from .._processes import Processes
 from .._run import digest
 from ..budget import Budget
 from ..data import Batches
@@ -52,15 +53,13 @@ class Scores:
         self.validation = list(Batches(validation, torch.device("cpu")).one_pass())
         self.known: dict[tuple[int, ...], float] = {}
         self.file = JsonLines(path, "search: {} is not a file of scores")
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if together else 0
-        self.ranks = distributed.get_world_size() if together else 1
+        self.processes = Processes()
         signature = self._signature()
-        if any(other != signature for other in self._of_all(signature)):
+        if any(other != signature for other in self.processes.of_all(signature)):
             raise ArgumentError(
                 "search: the processes hold other weights, or other calibration or validation images; give all the same"
             )
-        self.known = self.from_first(lambda: self._load(signature))
+        self.known = self.processes.from_first(lambda: self._load(signature))
 
     def of(self, genomes: list[Genome], done: Callable[[int], None] = lambda count: None) -> list[float]:
         """Scores of all; those that are not known yet are worked out. `done` hears how many more are.
@@ -70,16 +69,16 @@ class Scores:
         """
         new = [g for g in dict.fromkeys(genomes) if g.ids not in self.known]
         done(len(genomes) - len(new))
-        for start in range(0, len(new), self.ranks):
-            part = new[start : start + self.ranks]
-            mine = self._tried(part[self.rank]) if self.rank < len(part) else 0.0
-            found = self._of_all(mine)
+        for start in range(0, len(new), self.processes.count):
+            part = new[start : start + self.processes.count]
+            mine = self._tried(part[self.processes.rank]) if self.processes.rank < len(part) else 0.0
+            found = self.processes.of_all(mine)
             for value in found:
                 if isinstance(value, Exception):
                     raise value
             for genome, value in zip(part, found, strict=False):
                 self.known[genome.ids] = value
-                if self.rank == 0:
+                if self.processes.is_first:
                     self.file.append({"ids": genome.ids, "score": value})
             done(len(part))
         return [self.known[genome.ids] for genome in genomes]
@@ -88,34 +87,12 @@ class Scores:
         try:
             score = self.net.score(genome, self.calibration, self.validation, self.metric)
         except Exception as error:
-            if self.ranks == 1:
+            if self.processes.count == 1:
                 raise
             return error
         if math.isfinite(score):
             return score
         return ArgumentError(f"metric: gave {score} for the widths {genome.widths()}; a score has to be finite")
-
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What the first process makes, in all of them: files, measured costs, and so what fits, are its own."""
-        if self.ranks == 1:
-            return make()
-        made: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                made = [make()]
-            except Exception as error:
-                made = [error]
-        distributed.broadcast_object_list(made, 0)
-        if isinstance(made[0], Exception):
-            raise made[0]
-        return made[0]
-
-    def _of_all(self, mine: Any) -> list[Any]:
-        """What every process has."""
-        found = [mine] * self.ranks
-        if self.ranks > 1:
-            distributed.all_gather_object(found, mine)
-        return found
 
     def _signature(self) -> str:
         """Of the network, of what it is scored on, and how."""
@@ -216,7 +193,8 @@ def search(
 
     with tqdm(total=sum(wanted), desc="search", disable=not progress) as bar:
         for generation in range(generations):
-            new = [net.space.genome(ids) for ids in scores.from_first(functools.partial(made, generation))]
+            # Measured costs, and so what fits, are a process's own.
+            new = [net.space.genome(ids) for ids in scores.processes.from_first(functools.partial(made, generation))]
             if not new:
                 break
             scores.of(new, bar.update)
