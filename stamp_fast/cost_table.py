@@ -190,10 +190,12 @@ def _like(tensor: torch.Tensor, device: Any) -> torch.Tensor:
 
 
 def _filled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    made = _like(tensor, device)
-    if not made.is_floating_point():
-        return made.zero_()
-    return made.uniform_(0.5, 1.5, generator=torch.Generator(device).manual_seed(0))
+    # As strided views of flat memory: elements of an expanded tensor share theirs, and cannot be written to.
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = torch.zeros(last + 1 if tensor.numel() else 0, dtype=tensor.dtype, device=device)
+    if flat.is_floating_point():
+        flat.uniform_(0.5, 1.5, generator=torch.Generator(device).manual_seed(0))
+    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 @torch.no_grad()

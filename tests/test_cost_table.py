@@ -121,6 +121,11 @@ def test_a_network_that_waits_for_something_else_is_said_to(monkeypatch):
     assert table.latency(cut_to(graph, 2, 2)) < table.latency(graph.all_kept())
 
 
+def test_images_may_be_expanded():
+    grey = torch.randn(8, 1, 16, 16).expand(-1, 3, -1, -1)
+    assert CostTable(graph_of(network(8)), grey).latency(cut_to(graph_of(network(8)), 4, 4)) > 0
+
+
 def test_predictions_order_networks_as_measurements_do():
     """The bar of ten percent is the benchmark's: other programs share this machine."""
     graph = graph_of(network(64))
