@@ -1,14 +1,15 @@
-"""Which implementation of the operators runs, and which did."""
+"""Which implementation of the operators runs, and which did; where measured costs are kept."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 from .errors import ArgumentError
 
-__all__ = ["BACKENDS", "Backend", "backend", "ran", "recording", "use_backend"]
+__all__ = ["BACKENDS", "Backend", "backend", "costs_file", "ran", "recording", "use_backend"]
 
 Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -49,6 +50,20 @@ def recording() -> Iterator[dict[str, str]]:
         inside = dict(ran)
         ran.clear()
         ran.update(before | inside)
+
+
+def costs_file() -> str | None:
+    """Where measured costs are kept from one prune to the next: `costs.jsonl` in the folder that
+    STAMP_FAST_CACHE names (default: ~/.cache/stamp_fast). None where that cannot be written to, or is empty text."""
+    folder = os.environ.get("STAMP_FAST_CACHE", os.path.join("~", ".cache", "stamp_fast"))
+    if not folder:
+        return None
+    folder = os.path.expanduser(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return None
+    return os.path.join(folder, "costs.jsonl") if os.access(folder, os.W_OK) else None
 
 
 def check_backend(name: str) -> None:

@@ -55,11 +55,11 @@ class CostTable:
             raise ArgumentError("inputs: expected what a forward takes, a tensor, or a tuple or dict with some")
         self._file = JsonLines(path, "CostTable: {} is not a table of costs")
         self._sums: dict[bytes, float] = {}
-        self._machine = _machine(graph.device)
+        self._machine = machine_of(graph.device)
         self._seconds: dict[str, float] = {}
         self._fits: dict[str, list[float]] = {}  # slope, offset, error of every network
         self._read()
-        whole = " ".join(f"{func} {_text(args)}" for func, args, _ in self._calls(graph.all_kept()))
+        whole = " ".join(f"{func} {sizes_of(args)}" for func, args, _ in self._calls(graph.all_kept()))
         self._network = hashlib.sha256(whole.encode()).hexdigest()
         if self._network not in self._fits:
             self._fits[self._network] = self._fit(random.Random(seed))
@@ -149,7 +149,7 @@ class CostTable:
 
     def _of(self, func: Callable, args: tuple, kwargs: dict) -> float:
         """Seconds of one operator."""
-        key = f"{func} {_text(args)} {_text(kwargs)}"
+        key = f"{func} {sizes_of(args)} {sizes_of(kwargs)}"
         if key not in self._seconds:
             device = self.graph.device
             args, kwargs = tree_map(lambda v: _filled(v, device) if isinstance(v, torch.Tensor) else v, (args, kwargs))
@@ -175,13 +175,13 @@ class _Calls(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _text(value: Any) -> str:
+def sizes_of(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype)[6:]}{list(value.shape)}{list(value.stride())}"
     if isinstance(value, (list, tuple)):
-        return "(" + " ".join(map(_text, value)) + ")"
+        return "(" + " ".join(map(sizes_of, value)) + ")"
     if isinstance(value, dict):
-        return " ".join(f"{name}={_text(item)}" for name, item in value.items())
+        return " ".join(f"{name}={sizes_of(item)}" for name, item in value.items())
     return str(value)
 
 
@@ -204,20 +204,20 @@ def _times(work: Callable[[], Any], device: torch.device, repeats: int = _REPEAT
     work()
     taken: list[float] = []
     while len(taken) < repeats and sum(taken) < _SECONDS:
-        _wait(device)
+        wait(device)
         begin = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         taken.append(time.perf_counter() - begin)
     return taken
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_of(device: torch.device) -> dict[str, Any]:
     """What times depend on."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()

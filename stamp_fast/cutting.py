@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget
+from .budget import Budget, RoundTo, meet
 from .errors import CompactionError
 from .graph import ChannelGraph
 from .graph._snapshot import Snapshot
@@ -22,7 +22,7 @@ def select_and_cut(
     graph: ChannelGraph,
     ranked: Ranking,
     budget: Budget,
-    round_to: int | None,
+    round_to: RoundTo,
     optimizer: Any,
     strict: bool,
     folds: Any,
@@ -65,12 +65,19 @@ def select_and_cut(
         return kept, verified
 
 
-def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None) -> torch.Tensor:
+def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: RoundTo) -> torch.Tensor:
     options = {"ranking": ranked.ranking, "round_to": round_to, "floor": ranked.floor, "exact": ranked.exact}
-    return graph.select(ranked.scores, budget, **options)
+
+    def choose(budget: Budget) -> torch.Tensor:
+        return graph.select(ranked.scores, budget, **options)
+
+    if not budget.measured():
+        return choose(budget)
+    key = ranked.scores.numpy().tobytes(), tuple(group.reason for group in graph.groups)
+    return meet(graph, budget, choose, key)
 
 
-def chosen(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: int | None, strict: bool) -> torch.Tensor:
+def chosen(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: RoundTo, strict: bool) -> torch.Tensor:
     """What stays, after a replay: what is trained or folded for one choice needs it to be the last."""
     while True:
         kept = _select(graph, ranked, budget, round_to)

@@ -24,6 +24,7 @@ from .graph._model import unwrapped
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored, uncompiled
+from .layer_costs import check_faster, priced
 from .methods import METHODS, Request
 from .recalibrate import recalibrate
 from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
@@ -53,6 +54,7 @@ def prune(
     seed: int | None = None,
     strict: bool = False,
     verify: bool = True,
+    force: bool = False,
     progress: bool = True,
 ) -> nn.Module:
     """Makes `model` physically smaller, in place, with the channels that matter for the loader's data.
@@ -60,7 +62,9 @@ def prune(
     Args:
         model: on one device, with a head for the loader's classes. Training flags are left as they are.
         loader: yields (inputs, targets), or anything that `loss_fn` understands. Inputs may be a list of images.
-        budget: fractions of the dense network that may stay.
+        budget: fractions of the dense network that may stay. For train_step, latency and memory, which may be amounts
+            too ("250 ms", "4 GiB"), the network's layers are measured at a few widths first; what was measured is kept
+            for the next time (`config.costs_file`).
         method: "stamp" (the head is fitted, then the gates and the weights that stay are adapted), "taylor",
             "magnitude", "bn_scale", "random".
         generator: for method "stamp", meta-learned for this network by `stamp.meta_train`, or the file it was saved to.
@@ -75,12 +79,14 @@ def prune(
         example: what one forward takes (tensor, tuple or dict; first dim = batch, or a list of images in a tuple),
             where the batch's first part is not that.
         keep: names of modules or parameters whose channels all stay.
-        round_to: widths that are cut stay multiples of it.
+        round_to: widths that are cut stay multiples of it. By default 1, or for a budget that is measured what the
+            machine's kernels like.
         seed: makes the result repeatable, for a loader that is.
         strict: a group that cannot be pruned is an error that lists all such groups with their reasons, not a verdict
             in the report. Outputs of the model, `keep` and layers too narrow to cut are no error.
         verify: compares the smaller network with the masked dense one on the first eight examples, in eval mode; where
             they differ, the error names the group at fault.
+        force: with a budget of time also go on where the smaller network would not be faster.
         progress: a progress bar, where it takes over a second.
 
     Returns:
@@ -90,6 +96,7 @@ def prune(
         StampFastError: ArgumentError, LoaderError, ModelError, TraceError, BudgetError or CompactionError; the
             message names the culprit, and model and optimizer are as they were.
     """
+    reconstruction = method == "stamp" if reconstruction is None else reconstruction
     check_arguments(
         budget,
         method,
@@ -100,9 +107,13 @@ def prune(
         optimizer,
         seed,
         loss_fn,
-        {"strict": strict, "verify": verify, "reconstruction": reconstruction is None or reconstruction},
+        {
+            "strict": strict,
+            "verify": verify,
+            "force": force,
+            "reconstruction": reconstruction is None or reconstruction,
+        },
     )
-    reconstruction = method == "stamp" if reconstruction is None else reconstruction
     generator = check_generator(generator, method, steps)
     network = unwrapped(model)
     batches = Batches(loader, check_model(network))
@@ -126,6 +137,10 @@ def prune(
                 if generator is not None:
                     generator.check_fits(graph)
                 dense = _copy(network)
+            asked = budget
+            if asked.measured():
+                with phases("costs"):
+                    budget, round_to = priced(graph, asked, round_to, batches.first, loss_fn, inputs)
             # A cache that is filled here would make the smaller network run other operators than the trace.
             with phases("score"), attributes_restored(network), in_mode(network, training=True):
                 wanted = method == "stamp" or reconstruction
@@ -151,6 +166,8 @@ def prune(
                 kept, verified = select_and_cut(
                     graph, ranked, budget, round_to, optimizer, strict, folds, examples, phases
                 )
+            if not force:
+                check_faster(graph, kept, budget)
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
@@ -160,7 +177,7 @@ def prune(
         before.restore()
         raise
     groups = verdicts(graph, kept, round_to, ranked.floor)
-    _reports[network] = _report(graph, kept, groups, method, budget, costs, verified, phases.seconds, backends)
+    _reports[network] = _report(graph, kept, groups, method, asked, costs, verified, phases.seconds, backends)
     return model
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import re
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +18,76 @@ if TYPE_CHECKING:
     from ..graph import ChannelGraph, Group
 
 TOLERANCE = 0.02
+MEASURED = ("train_step", "latency", "memory")
+_EXAMPLES = {"train_step": "250 ms", "latency": "12 ms", "memory": "4 GiB"}
+_MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_BYTES = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST_TRIALS = 300  # of a search that only networks with few channels need
+RoundTo = int | Mapping[str, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """What may stay, as a fraction of the dense network, in (0, 1]. Several at once: all must hold.
 
+    The last three are measured on this machine, and may be absolute: "250 ms", "1.5 s", "4 GiB", "800 MB".
+
     Attributes:
         macs: multiply-accumulates of a forward.
         params: number of parameters.
         channels: number of channels over all prunable groups.
-        latency: time of a forward, as a table of measured costs predicts it (`graph.cost_table`). For
-            `metapruning.search` only.
+        train_step: time of forward, backward and optimizer step on a batch.
+        latency: time of a forward in eval mode on a batch.
+        memory: peak of what is allocated in a training step; weights, gradients and momentum count.
 
     Raises:
-        ArgumentError: no fraction given, or one outside (0, 1].
+        ArgumentError: nothing is asked, a fraction outside (0, 1], or an amount that cannot be read.
     """
 
     macs: float | None = None
     params: float | None = None
     channels: float | None = None
-    latency: float | None = None
+    train_step: float | str | None = None
+    latency: float | str | None = None
+    memory: float | str | None = None
 
     def __post_init__(self) -> None:
         if not self.asked():
-            raise ArgumentError(
-                "Budget: give at least one of macs=, params=, channels=, latency=, each a fraction in (0, 1]"
-            )
+            names = ", ".join(f"{field.name}=" for field in dataclasses.fields(self))
+            raise ArgumentError(f"Budget: give at least one of {names}, each a fraction in (0, 1]")
         for name, value in self.asked().items():
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-                raise ArgumentError(f"Budget: {name} must be a fraction in (0, 1], got {value!r}")
+            if name in MEASURED and isinstance(value, str):
+                absolute(name, value)
+            elif isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+                example = f" or an amount such as '{_EXAMPLES[name]}'" if name in MEASURED else ""
+                raise ArgumentError(f"Budget: {name} must be a fraction in (0, 1]{example}, got {value!r}")
 
-    def asked(self) -> dict[str, float]:
+    def asked(self) -> dict[str, float | str]:
+        """What is given, by name."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+
+    def measured(self) -> tuple[str, ...]:
+        """Names of what is asked that a measurement on this machine has to tell."""
+        return tuple(name for name in self.asked() if name in MEASURED)
+
+    def in_fractions(self, dense: Callable[[str], float]) -> Budget:
+        """The same with amounts as fractions.
+
+        Args:
+            dense: from a name to what the dense network costs: milliseconds, or bytes.
+
+        Raises:
+            BudgetError: the dense network is within an amount as it is.
+        """
+        asked = self.asked()
+        for name, value in asked.items():
+            if isinstance(value, str):
+                whole = dense(name)
+                if absolute(name, value) >= whole:
+                    has = f"{whole / 2**20:.0f} MiB" if name == "memory" else f"{whole:.3g} ms"
+                    raise BudgetError(f"Budget({name}={value!r}): is met as it is: the dense network takes {has}")
+                asked[name] = absolute(name, value) / whole
+        return Budget(**asked)
 
     def select(
         self,
@@ -57,7 +95,7 @@ class Budget:
         scores: torch.Tensor,
         *,
         ranking: str = "global",
-        round_to: int | None = None,
+        round_to: RoundTo = None,
         floor: float = 0.0,
         exact: bool = True,
     ) -> torch.Tensor:
@@ -66,7 +104,8 @@ class Budget:
         Args:
             scores: float, [graph.num_classes], higher = keep.
             ranking: "global" compares scores across groups; "local" takes the same fraction of every group.
-            round_to: the width of every group that is cut stays a multiple of it, and at least that.
+            round_to: the width of every group that is cut stays a multiple of it, and at least that. Or one for each
+                group, by its name.
             floor: fraction of each group that stays whatever its scores, given up only if the budget needs it.
             exact: with False the first choice that fits is good enough, however far below the ask.
 
@@ -77,17 +116,13 @@ class Budget:
             ArgumentError: scores of another size or with NaN, unknown ranking, round_to below 1, floor no fraction.
             BudgetError: out of reach; says what can be reached and which groups stand in the way.
         """
-        if self.latency is not None:  # wider can be faster, and this looks for the first that fits
-            raise ArgumentError(
-                "Budget(latency=): only metapruning.search can meet it; use macs=, params= or channels="
-            )
         scores = _checked_scores(graph, scores, ranking, round_to)
         if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
             raise ArgumentError(f"select: floor must be a fraction in [0, 1], got {floor!r}")
-        units = _removal_units(graph, scores, ranking, round_to or 1, floor)
+        units = _removal_units(graph, scores, ranking, round_to, floor)
         keep = _first_that_fits(self, graph, units)
         if keep is None and floor > 0:
-            units = _removal_units(graph, scores, ranking, round_to or 1, 0.0)
+            units = _removal_units(graph, scores, ranking, round_to, 0.0)
             keep = _first_that_fits(self, graph, units)
         if keep is None:
             raise self.out_of_reach(graph, units.without_first(graph, len(units)), round_to)
@@ -96,7 +131,8 @@ class Budget:
         if self.used(graph, keep) < 1 - TOLERANCE:
             keep = _fitted(self, graph, keep, units)
         used = self.used(graph, keep)
-        if used < 1 - TOLERANCE and not bool(keep.all()):
+        # What is measured is met as well as measurements are.
+        if used < 1 - TOLERANCE and not bool(keep.all()) and not self.measured():
             raise BudgetError(self._too_coarse(graph, keep, units, used))
         return keep
 
@@ -131,13 +167,19 @@ class Budget:
         return ", ".join(f"{name}={value:.3f}" for name, value in self._fractions(graph, keep).items())
 
     def _ask(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in self.asked().items())
+        return ", ".join(
+            f"{name}={value!r}" if isinstance(value, str) else f"{name}={value:g}"
+            for name, value in self.asked().items()
+        )
 
-    def out_of_reach(self, graph: ChannelGraph, least: torch.Tensor, round_to: int | None = None) -> BudgetError:
+    def out_of_reach(self, graph: ChannelGraph, least: torch.Tensor, round_to: RoundTo = None) -> BudgetError:
         """The error that says how far down the network can be cut, `least`, and what stands in the way."""
         text = f"Budget({self._ask()}): out of reach; from 1 down to {self._reached(graph, least)} can be had"
-        if round_to:
+        if round_to and not isinstance(round_to, Mapping):
             text += f" with round_to={round_to}"
+        for unit in self.measured():
+            if hasattr(graph.cost_table, "why"):
+                text += f". {unit}: {graph.cost_table.why(unit)}"
         in_the_way = [
             f"'{g.name}' ({g.channels} channels): {reason}"
             for g in graph.groups + graph.frozen
@@ -199,20 +241,52 @@ class _Removals:
         return result
 
 
+def absolute(name: str, text: str) -> float:
+    """Milliseconds of "250 ms", bytes of "4 GiB".
+
+    Raises:
+        ArgumentError: another form, or nothing above 0.
+    """
+    units = _BYTES if name == "memory" else _MILLISECONDS
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    try:
+        amount = float(found[1]) * units[found[2]] if found else 0.0
+    except (KeyError, ValueError):
+        amount = 0.0
+    if not 0 < amount < math.inf:
+        raise ArgumentError(
+            f"Budget: {name}={text!r} is no amount above 0 in one of {', '.join(units)}, such as '{_EXAMPLES[name]}'"
+        )
+    return amount
+
+
+def steps_of(graph: ChannelGraph, multiple: int) -> dict[str, int]:
+    """What every group's width may be rounded to where kernels like multiples: no more than a quarter of its width."""
+    return {g.name: min(multiple, 1 << max(0, (g.channels // 4).bit_length() - 1)) for g in graph.prunable}
+
+
 def check_round_to(round_to: Any) -> None:
     """Raises ArgumentError unless it is None or a whole number of at least 1."""
-    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
+    if isinstance(round_to, Mapping):
+        for step in round_to.values():
+            check_round_to(step)
+    elif round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
         raise ArgumentError(f"round_to: must be a whole number of at least 1, got {round_to!r}")
 
 
-def minimum_width(group: Group, round_to: int | None, floor: float = 0.0) -> str:
+def minimum_width(group: Group, round_to: RoundTo, floor: float = 0.0) -> str:
     """Why no budget can cut the group: it is as narrow as it may get. "" where it is not."""
-    if group.num_classes > _least(group, round_to or 1, floor)[1]:
+    round_to = _step_of(group, round_to)
+    if group.num_classes > _least(group, round_to, floor)[1]:
         return ""
     if group.num_classes == 1:
         return "minimum width: its channels go together and have to stay"
-    wanted = ", ".join([f"round_to={round_to}"] * bool(round_to) + [f"floor={floor:g}"] * bool(floor))
+    wanted = ", ".join([f"round_to={round_to}"] * (round_to > 1) + [f"floor={floor:g}"] * bool(floor))
     return f"minimum width: {group.channels} channels with {wanted}"
+
+
+def _step_of(group: Group, round_to: RoundTo) -> int:
+    return round_to.get(group.name, 1) if isinstance(round_to, Mapping) else round_to or 1
 
 
 def _least(group: Group, round_to: int, floor: float) -> tuple[int, int]:
@@ -222,7 +296,7 @@ def _least(group: Group, round_to: int, floor: float) -> tuple[int, int]:
     return step, max(step, math.ceil(floor * group.num_classes / step) * step)
 
 
-def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int | None) -> torch.Tensor:
+def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: RoundTo) -> torch.Tensor:
     if ranking not in ("global", "local"):
         raise ArgumentError(f"select: ranking must be 'global' or 'local', got {ranking!r}")
     check_round_to(round_to)
@@ -238,12 +312,14 @@ def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, rou
     return scores
 
 
-def _removal_units(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: int, floor: float) -> _Removals:
+def _removal_units(
+    graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: RoundTo, floor: float
+) -> _Removals:
     none = torch.empty(0, dtype=torch.long)
     classes, keys, counts, groups = [none], [none.double()], [none], [none]
     for index, group in enumerate(graph.groups):
         size = group.num_classes
-        step, least = _least(group, round_to, floor)
+        step, least = _least(group, _step_of(group, round_to), floor)
         if group.reason is not None or size <= least:
             continue
         ascending, order = torch.sort(scores[group.classes], stable=True)

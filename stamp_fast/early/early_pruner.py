@@ -114,9 +114,9 @@ class EarlyPruner:
     ) -> None:
         if not isinstance(budget, Budget):
             raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
-        if budget.latency is not None:
+        if budget.measured():
             raise ArgumentError(
-                "Budget(latency=): only metapruning.search can meet it; use macs=, params= or channels="
+                f"Budget({budget.measured()[0]}=): an early cut has no measured costs; use macs=, params= or channels="
             )
         if importance not in THRESHOLDS:
             raise ArgumentError(f"importance: must be one of {', '.join(THRESHOLDS)}, got {importance!r}")

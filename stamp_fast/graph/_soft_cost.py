@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
+
+
+def soft_cost(graph: ChannelGraph, unit: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Expected fraction of the dense cost, in any unit of a budget, for keep probabilities [num_classes]."""
+    return SoftCost(graph, unit) if unit in ("macs", "params", "channels") else graph.cost_table.soft(unit)
 
 
 class SoftCost:
@@ -45,11 +51,19 @@ class SoftCost:
         self.fixed = fixed.to(graph.device)
         self.classes = torch.cat(classes).to(graph.device) if classes else torch.empty(0, dtype=torch.long)
         self.segments = torch.cat(segments).to(graph.device) if segments else self.classes
-        self.total = self._cost(torch.ones(graph.num_classes, dtype=torch.float32, device=graph.device)).item()
+        whole = torch.ones(graph.num_classes, dtype=torch.float32, device=graph.device)
+        self.dense = self._products(whole)
+        self.total = self._cost(whole).item()
+
+    def _products(self, p: torch.Tensor) -> torch.Tensor:
+        return self.fixed.index_add(0, self.segments, p[self.classes])[self.dims].prod(1)
 
     def _cost(self, p: torch.Tensor) -> torch.Tensor:
-        widths = self.fixed.index_add(0, self.segments, p[self.classes])
-        return (self.constants * widths[self.dims].prod(1)).sum()
+        return (self.constants * self._products(p)).sum()
+
+    def shares(self, p: torch.Tensor) -> torch.Tensor:
+        """Of every term by itself: [terms]."""
+        return self._products(p) / self.dense
 
     def __call__(self, p: torch.Tensor) -> torch.Tensor:
         """Expected fraction of the dense cost for keep probabilities p, [num_classes]."""

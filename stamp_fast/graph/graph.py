@@ -262,11 +262,25 @@ class ChannelGraph:
         """Milliseconds of one forward, as `cost_table` predicts them.
 
         Raises:
-            ArgumentError: there is no table.
+            ArgumentError: there is no table, or not of this; so with the next two.
         """
-        if self.cost_table is None:
-            raise ArgumentError("Budget(latency=): needs measured costs: graph.cost_table = CostTable(graph, example)")
-        return self.cost_table.latency(self.all_kept() if keep is None else self.checked(keep))
+        return self._measured("latency", keep)
+
+    def train_step(self, keep: torch.Tensor | None = None) -> float:
+        """Milliseconds of one training step, as `cost_table` predicts them."""
+        return self._measured("train_step", keep)
+
+    def memory(self, keep: torch.Tensor | None = None) -> float:
+        """Peak bytes of one training step, as `cost_table` predicts them."""
+        return self._measured("memory", keep)
+
+    def _measured(self, unit: str, keep: torch.Tensor | None) -> float:
+        predict = getattr(self.cost_table, unit, None)
+        if predict is None:
+            raise ArgumentError(
+                f"Budget({unit}=): needs measured costs: graph.cost_table = LayerCosts(graph, batch, loss_fn)"
+            )
+        return predict(self.all_kept() if keep is None else self.checked(keep))
 
     def channels(self, keep: torch.Tensor | None = None) -> int:
         """Number of channels over all groups."""

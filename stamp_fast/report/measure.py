@@ -86,13 +86,13 @@ def _peak_bytes(model: nn.Module, step: Callable[[], None], batch: Any) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    tracker = _LiveBytes([*model.parameters(), *model.buffers(), *tensors])
+    tracker = LiveBytes([*model.parameters(), *model.buffers(), *tensors])
     with tracker:
         step()
     return tracker.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operators have made and that are still alive."""
 
     def __init__(self, there_before: list[torch.Tensor]) -> None:
@@ -103,11 +103,15 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.count(result)
+        return result
+
+    def count(self, result: Any) -> None:
+        """The tensors that an operator has returned."""
         for value in result if isinstance(result, (tuple, list)) else (result,):
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, torch.Tensor):
                     self._count(tensor.untyped_storage())
-        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -20,7 +20,7 @@ from ..budget import Budget
 from ..data import LossFn
 from ..errors import ArgumentError, BudgetError
 from ..graph import ChannelGraph
-from ..graph._soft_cost import SoftCost
+from ..graph._soft_cost import soft_cost
 from ..graph._undisturbed import attributes_restored
 from ..reconstruct import reconstruct
 from .gates import BetaBernoulliGates
@@ -118,7 +118,7 @@ def gate_steps(
 ) -> Iterator[None]:
     """One step of the gates on every batch; the inner steps of meta-training are these too."""
     optimizer = torch.optim.Adam(gates.learned(), lr=settings.gate_lr)
-    costs = [(SoftCost(graph, kind), ask) for kind, ask in budget.asked().items()]
+    costs = [(soft_cost(graph, kind), ask) for kind, ask in budget.asked().items()]
     live = graph.all_kept()
     for step, batch in enumerate(batches):
         if step:

@@ -32,6 +32,16 @@ _MOMENTUM = 0.02  # of the running mean and deviation of o over tasks
 _MOST_SHIFT = 1.5  # logits: no group is opened or closed beyond this for a budget
 
 
+def _tightest(graph: ChannelGraph, budget: Budget) -> float:
+    """Of the fractions asked; generators learn on fractions of the MACs, and know nothing of a machine's time."""
+    asked = dict(budget.asked())
+    measured = {name: asked.pop(name) for name in budget.measured()}
+    if measured:
+        same_of_all = Budget(**measured).select(graph, torch.zeros(graph.num_classes), ranking="local", exact=False)
+        asked["macs"] = graph.macs(same_of_all) / graph.macs()
+    return min(asked.values())
+
+
 class MaskGenerator(nn.Module):
     """Meta-learned over tasks; `gates` is what it says of one set.
 
@@ -98,7 +108,7 @@ class MaskGenerator(nn.Module):
         """
         o, codes = self.encoder(graph, inputs, labels)
         statistic = torch.where(o.isnan(), 0, (o - self.mu) / self.sigma)
-        ask = torch.tensor([1.0, math.log2(min(budget.asked().values()))], dtype=self.allocation.dtype)
+        ask = torch.tensor([1.0, math.log2(_tightest(graph, budget))], dtype=self.allocation.dtype)
         of_set = self.allocation_of_set(codes).squeeze(1) / self.encoder.width
         shift = self.of_classes(_MOST_SHIFT * torch.tanh(self.allocation @ ask + of_set))
         learned = {"a": self.a, "b": self.b, "gamma": self.gamma, "beta": self.beta}
