@@ -252,10 +252,7 @@ class SearchSpace:
             ModelError: a parametrized layer that cannot be given weights.
         """
         model = self.built(keep)
-        for name, module in reversed(list(model.named_modules())):  # attention sets what its layers have drawn
-            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-            if callable(reset) and all(p.requires_grad for p in module.parameters()):
-                _reset(name, module, reset)
+        draw_weights(model)
         return model if init is None else model.apply(init)
 
     def built(self, keep: torch.Tensor) -> nn.Module:
@@ -275,6 +272,18 @@ class SearchSpace:
     def __repr__(self) -> str:
         kind = type(self.graph.model).__name__
         return f"SearchSpace({kind}: {len(self.genes)} genes, {len(self.scales)} widths each)"
+
+
+def draw_weights(model: nn.Module) -> None:
+    """Gives a network fresh weights in place; see `SearchSpace.fresh` for what keeps its own.
+
+    Raises:
+        ModelError: a parametrized layer that cannot be given weights.
+    """
+    for name, module in reversed(list(model.named_modules())):  # attention sets what its layers have drawn
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if callable(reset) and all(p.requires_grad for p in module.parameters()):
+            _reset(name, module, reset)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The command line: `stamp-fast` or `python -m stamp_fast`."""
+"""`stamp-fast demo`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,10 @@ from pathlib import Path
 
 import click
 
-from stamp_fast import __version__
 from stamp_fast.methods import METHODS
 
 
-@click.group()
-@click.version_option(__version__)
-def main() -> None:
-    """Structural (channel) pruning for PyTorch."""
-
-
-@main.command()
+@click.command(short_help="Try it on handwritten digits that are shipped.")
 @click.option("--method", type=click.Choice(list(METHODS)), default="stamp", show_default=True)
 @click.option(
     "--budget",
