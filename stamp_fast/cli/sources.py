@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import os
 import sys
@@ -382,10 +383,12 @@ def _transform(images: Images) -> Callable:
             f"--shape, --mean, --std: images have 1 or 3 channels, and each a mean and a deviation; got {channels} "
             f"channels, {len(images.mean)} means, {len(images.std)} deviations"
         )
+    from PIL import Image, ImageOps  # torchvision's reader of images needs it, too
+
+    # As large as can be inside, the middle of it; an image of that size already stays as it is.
+    fit = functools.partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BILINEAR)
     steps = [transforms.Grayscale()] if channels == 1 else []
-    # The short side fits and the rest is cut off: images that have the size already stay as they are.
-    steps += [transforms.Resize(max(height, width), antialias=True), transforms.CenterCrop((height, width))]
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)])
+    return transforms.Compose([*steps, fit, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)])
 
 
 def _importable(text: str, what: str) -> Any:
