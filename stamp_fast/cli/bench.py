@@ -21,6 +21,7 @@ from .sources import Data, DataChoice, ModelChoice, open_model
 
 _EPOCHS = 3
 _CLEAR = 0.8  # of the rounds that one arm's step has to be the faster one in, to be called faster
+_EQUAL = 0.05  # of our MACs: arms that differ by more are not of one size
 
 
 @click.command(
@@ -123,7 +124,7 @@ def _answer(
     summary = {name: _summary(runs) for name, runs in by_name.items()}
     ours = pruning["method"]
     losses, gains = _verdicts(summary, ours)
-    notes = sorted({arm.note for _, arms in rows for arm in arms if arm.note})
+    notes = sorted({arm.note for _, arms in rows for arm in arms if arm.note}) + _unequal(summary, ours)
     found = {
         "model": model.spec,
         "data": data.spec,
@@ -167,6 +168,17 @@ def _summary(runs: list[tuple[Arm, Arm, Arm]]) -> dict[str, Any]:
         "train_seconds": statistics.mean(sum(arm.step_seconds) for arm, *_ in runs),
         "steps": len(runs[0][0].step_seconds),
     }
+
+
+def _unequal(summary: dict[str, dict], ours: str) -> list[str]:
+    """Arms that are not of our size, so that their accuracy says less."""
+    size = summary[ours].get("macs_ratio", 0)
+    others = {name: arm["macs_ratio"] for name, arm in summary.items() if name != "dense" and not arm["failed"]}
+    return [
+        f"{name} is NOT of equal size: {macs:.1%} of the MACs, {ours} {size:.1%}; its channels go in coarser steps"
+        for name, macs in others.items()
+        if size and abs(macs / size - 1) > _EQUAL
+    ]
 
 
 def _verdicts(summary: dict[str, dict], ours: str) -> tuple[list[str], list[str]]:
