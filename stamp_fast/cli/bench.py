@@ -124,7 +124,7 @@ def _answer(
     summary = {name: _summary(runs) for name, runs in by_name.items()}
     ours = pruning["method"]
     losses, gains = _verdicts(summary, ours)
-    notes = sorted({arm.note for _, arms in rows for arm in arms if arm.note}) + _unequal(summary, ours)
+    notes = sorted({arm.note for _, arms in rows for arm in arms if arm.note}) + _notes(summary, ours)
     found = {
         "model": model.spec,
         "data": data.spec,
@@ -170,15 +170,20 @@ def _summary(runs: list[tuple[Arm, Arm, Arm]]) -> dict[str, Any]:
     }
 
 
-def _unequal(summary: dict[str, dict], ours: str) -> list[str]:
-    """Arms that are not of our size, so that their accuracy says less."""
-    size = summary[ours].get("macs_ratio", 0)
-    others = {name: arm["macs_ratio"] for name, arm in summary.items() if name != "dense" and not arm["failed"]}
-    return [
-        f"{name} is NOT of equal size: {macs:.1%} of the MACs, {ours} {size:.1%}; its channels go in coarser steps"
-        for name, macs in others.items()
-        if size and abs(macs / size - 1) > _EQUAL
-    ]
+def _notes(summary: dict[str, dict], ours: str) -> list[str]:
+    """What is not alike about the arms."""
+    notes, size = [], summary[ours].get("macs_ratio", math.nan)
+    for name, arm in summary.items():
+        if name != "dense" and not arm["failed"] and abs(arm["macs_ratio"] / size - 1) > _EQUAL:
+            notes.append(f"{name} is NOT of equal size: {arm['macs_ratio']:.1%} of the MACs, {ours} {size:.1%}")
+    if "stamp" in summary:
+        notes.append("stamp also trains while it prunes; those seconds are counted, those steps are not")
+    if any(name.startswith("torch-pruning") for name in summary):
+        notes.append(
+            "the time to prune of Torch-Pruning is one step of it; the ratio that gives our MACs was searched untimed, "
+            "and it neither verifies, recalibrates nor measures, as `prune` does"
+        )
+    return notes
 
 
 def _verdicts(summary: dict[str, dict], ours: str) -> tuple[list[str], list[str]]:
@@ -243,13 +248,6 @@ def _text(found: dict[str, Any]) -> str:
         if arm["failed"]
     ]
     lines += [f"note: {note}" for note in found["notes"]]
-    if "stamp" in found["arms"]:
-        lines.append("note: stamp also trains while it prunes; those seconds are counted, those steps are not")
-    if any(name.startswith("torch-pruning") for name in found["arms"]):
-        lines.append(
-            "note: the time to prune of Torch-Pruning is one step of it; the ratio that gives our MACs was searched "
-            "untimed, and it neither verifies, recalibrates nor measures, as `prune` does"
-        )
     count = len(found["seeds"])
     lines.append(f"{count} seed{'s' * (count > 1)}{'' if count > 1 else ', so no spread'}; {found['held_out']}")
     lines.append(f"{machine['device']}, {threads}, torch {machine['torch']}; wall times, steps in turns")

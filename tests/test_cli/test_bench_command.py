@@ -79,8 +79,9 @@ def test_a_baseline_that_wins_is_named():
 def test_arms_of_another_size_are_named():
     arms = {"dense": summary(1, macs_ratio=1.0), "stamp": summary(1, macs_ratio=0.35)}
     arms |= {"uniform": summary(1, macs_ratio=0.36), "torch-pruning": summary(1, macs_ratio=0.45)}
-    (note,) = bench._unequal(arms, "stamp")
-    assert note.startswith("torch-pruning is NOT of equal size: 45.0% of the MACs, stamp 35.0%")
+    size, training, timing = bench._notes(arms, "stamp")
+    assert size == "torch-pruning is NOT of equal size: 45.0% of the MACs, stamp 35.0%"
+    assert "stamp also trains" in training and "searched untimed" in timing
 
 
 def test_scratch_is_our_architecture_without_our_weights():
