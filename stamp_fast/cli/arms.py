@@ -18,10 +18,12 @@ from torch.optim.lr_scheduler import LambdaLR
 import stamp_fast
 from stamp_fast import trace
 from stamp_fast.data import Batches, cross_entropy, guarded, logits_of, some_examples
-from stamp_fast.errors import LoaderError
+from stamp_fast.errors import LoaderError, ModelError
 from stamp_fast.metapruning.genome import draw_weights
 from stamp_fast.methods import METHODS
 from stamp_fast.recalibrate import recalibrate
+
+from .options import Run
 
 # What --compare takes, besides the methods of `prune`.
 BASELINES = ("dense", "uniform", "scratch", "torch-pruning", "torch-pruning-global")
@@ -68,6 +70,8 @@ class Recipe:
 
     def optimizer(self, network: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ModelError("MODEL: all of its parameters are frozen, so there is nothing to train and to compare")
         optimizer = torch.optim.SGD(
             trainable, self.lr, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay
         )
@@ -81,16 +85,15 @@ class Recipe:
 
 # --- making them ------------------------------------------------------------------------------------------------------
 def make_arms(
-    dense: nn.Module, loader: Iterable[Any], names: Sequence[str], pruning: dict[str, Any], seed: int, run: Any
+    dense: nn.Module, loader: Iterable[Any], names: Sequence[str], pruning: dict[str, Any], seed: int, run: Run
 ) -> list[Arm]:
     """The dense network, ours, and those asked for.
 
     Raises:
         StampFastError: ours cannot be pruned. A baseline that fails is an arm with the reason.
     """
-    device = next(dense.parameters()).device
     torch.manual_seed(seed)
-    example = some_examples(Batches(loader, device).inputs(), 2)
+    example = some_examples(Batches(loader, run.device).inputs(), 2)
     whole = trace(dense, example)
 
     def sized(arm: Arm) -> Arm:
@@ -102,7 +105,7 @@ def make_arms(
     ours = sized(_pruned(dense, loader, pruning, seed, run))
     arms = [Arm("dense", copy.deepcopy(dense)), ours]
     for name in names:
-        if name in ("dense", ours.name):
+        if name in ("dense", ours.name) or (name, ours.name) == ("uniform", "magnitude"):
             continue
         try:
             if name == "scratch":
@@ -121,7 +124,7 @@ def make_arms(
     return arms
 
 
-def _pruned(dense: nn.Module, loader: Iterable[Any], pruning: dict[str, Any], seed: int, run: Any) -> Arm:
+def _pruned(dense: nn.Module, loader: Iterable[Any], pruning: dict[str, Any], seed: int, run: Run) -> Arm:
     network = copy.deepcopy(dense)
     torch.manual_seed(seed)
     begin = time.perf_counter()
