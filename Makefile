@@ -14,7 +14,7 @@ FORMATTED := $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -na
 # One ninja for every build: another version would start over.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: build demo lint test test-all pytest cpp fuzz bench zoo clean
+.PHONY: build demo lint test test-all pytest cpp fuzz docs zoo clean
 
 build: $(VENV)/.native
 
@@ -69,16 +69,54 @@ fuzz: build
 		-max_len=8000 -timeout=10 -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$(FUZZ_BUILD)/ \
 		-verbosity=0 -print_final_stats=1
 
-# A process and a result file each; for a quick look ARGS="--rounds 2".
-bench: build
-	for suite in kernels train_step structural phases; do \
+# Timed suites: a process and a result file each, then all tables and docs/benchmarks.md. One alone:
+# make bench-train_step. For a quick look ARGS="--rounds 2"
+SUITES := structural train_step kernels phases
+bench: CHOSEN := $(SUITES)
+$(SUITES:%=bench-%): CHOSEN = $(@:bench-%=%)
+
+bench $(SUITES:%=bench-%): build
+	for suite in $(CHOSEN); do \
 		$(BIN)/python -m pytest benchmarks/test_$$suite.py --keep $$suite $(ARGS) || exit 1; \
 	done
-	$(BIN)/python -m benchmarks.table benchmarks/results/*.json
+	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.table --write docs/benchmarks.md
+
+# Experiments: hours each. Rows that the result files hold are not run again, so that each goes on where it was
+# interrupted. ARGS="--seeds 1" for less; the page is of all rows that there are.
+bench-time_to_accuracy: build
+	$(BIN)/python -m benchmarks.time_to_accuracy $(ARGS)
+	$(BIN)/python -m benchmarks.accuracy_table
+
+bench-ablation: build
+	$(BIN)/python -m benchmarks.ablation $(ARGS)
+
+bench-early: build
+	$(BIN)/python -m benchmarks.early $(ARGS)
+	$(BIN)/python -m benchmarks.early --scan --network resnet18 --seeds 1
+	$(BIN)/python -m benchmarks.early --table
+
+bench-metapruning: build
+	$(BIN)/python -m benchmarks.metapruning $(ARGS)
+	$(BIN)/python -m benchmarks.metapruning --table
+
+bench-all: bench bench-time_to_accuracy bench-ablation bench-early bench-metapruning zoo
 
 # An hour or more; goes on where it was interrupted with ARGS="--resume".
 zoo: build
 	$(BIN)/python -m benchmarks.zoo --table docs/zoo.md $(ARGS)
+
+# The documentation as a site in build/site; reads the sources without importing them, so that it needs no torch.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+DOCS_EXTRA := ["project"]["optional-dependencies"]["docs"]
+DOCS_PACKAGES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(DOCS_EXTRA))
+
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $$($(BIN)/python -c '$(DOCS_PACKAGES)')
+	touch $@
 
 # Keeps .venv: it takes gigabytes to fetch.
 clean:

@@ -1,51 +1,187 @@
-"""Result files as Markdown tables: `python -m benchmarks.table benchmarks/results/*.json`."""
+"""Result files as Markdown tables.
+
+    python -m benchmarks.table                             # prints all of benchmarks/results
+    python -m benchmarks.table RESULT.json ...             # these
+    python -m benchmarks.table --write docs/benchmarks.md  # writes the page
+
+Wins and losses are printed alike.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from .timing import Ratio, Spread, ratio_of, spread
 
-__all__ = ["digits", "markdown_table", "render", "render_file"]
+__all__ = ["digits", "markdown_table", "page", "render", "render_file"]
+
+_RESULTS = Path(__file__).parent / "results"
+_PEERS = ("Torch-Pruning", "PyTorch")  # what is slower than ours, one hopes
+
+# By suite: title and what is measured; in the order of the page.
+_SUBJECTS = {
+    "structural": (
+        "Structural time",
+        "From a dense network to one with half of the channels of every group, by their L2 norm: trace, score, select, "
+        "replay, cut. 224 x 224, batch 1. `settled` looks for sizes that the forward holds as well, as `prune` does. "
+        "Torch-Pruning does not check the smaller network; ours is replayed and compared.",
+    ),
+    "train_step": (
+        "Train step",
+        "Forward, backward and an SGD step of a CIFAR-shaped ResNet-18. `virtual` is the dense network virtually "
+        "compacted (`graph.masked`): it pays for packing its weights in every step, and for an optimizer that goes "
+        "over all dense parameters. `compacted` is cut for good. `by hand` was written with the same widths; `by hand, "
+        "again` is that network twice, and says how far noise alone goes.",
+    ),
+    "kernels": (
+        "Kernels",
+        "Operators on tensors that lie in no cache, half of rows and columns kept wherever they lie. `clone` and "
+        "`copy_` are torch's copies of as many bytes as are live, into fresh memory and into memory that is there; "
+        "`copy_, lines` is the copy of the whole cache lines that hold them, for memory delivers no less.",
+    ),
+    "phases": (
+        "Phases",
+        "Where the structural time goes. `settle` is what `prune` adds to a trace; `check` is the replay, which "
+        "`compact` does once more before it cuts.",
+    ),
+}
+
+# Pages of experiments that write their own: file, what it holds, what makes it.
+_PAGES = (
+    ("time_to_accuracy.md", "Accuracy against seconds, pruned in every way that people know", "bench-time_to_accuracy"),
+    ("ablation.md", "What STAMP's parts are worth", "bench-ablation"),
+    ("early.md", "Pruning while training, beside pruning at the start and half way", "bench-early"),
+    ("metapruning.md", "Searched widths against uniform, random and ranked ones", "bench-metapruning"),
+    ("zoo.md", "Every network of torchvision and 244 of timm: right or wrong, and structural time", "zoo"),
+)
 
 
 def render(measured: Iterable[dict[str, Any]]) -> str:
     """Markdown of what the `measure` fixture has kept: per suite a table of times and one of ratios."""
-    suites: dict[str, list[dict[str, Any]]] = {}
-    for entry in measured:
-        suites.setdefault(entry["suite"], []).append(entry)
-    return "\n\n".join(_suite(name, entries) for name, entries in suites.items())
+    parts = []
+    for name, entries in _by_suite(measured).items():
+        parts += [f"### {_title(name)}", _tables(entries), _notes(entries)]
+    return "\n\n".join(filter(None, parts))
 
 
 def render_file(path: Path) -> str:
     """Markdown of a result file, with the machine it was made on."""
     content = json.loads(path.read_text())
+    return f"{render(_entries(content))}\n\n{_origin(content)}"
+
+
+def page(paths: Iterable[Path], docs: Path) -> str:
+    """docs/benchmarks.md: a section for each subject, and links to the pages that there are in `docs`."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        content = json.loads(path.read_text())
+        for name, entries in _by_suite(_entries(content)).items():
+            parts = [_origin(content), _tables(entries), _verdict(entries), _notes(entries)]
+            found.setdefault(name, []).append("\n\n".join(filter(None, parts)))
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m benchmarks.table --write docs/benchmarks.md` from the samples in `benchmarks/results`. "
+        "Contestants take turns in one run; times are medians in milliseconds, with the 20th and 80th percentile. "
+        "Milliseconds are the machine's: compare ratios. All ratios are of times, those of MACs are called so. A bar "
+        "that was missed is printed like one that was met.",
+        markdown_table(
+            ["subject", "one command"],
+            [
+                *([f"[{_title(name)}](#{_anchor(_title(name))})", f"`make bench-{name}`"] for name in _ordered(found)),
+                *(
+                    [f"[{what}]({file})" if (docs / file).exists() else f"{what} (no page yet)", f"`make {target}`"]
+                    for file, what, target in _PAGES
+                ),
+                ["the timed suites, and this page", "`make bench`"],
+                ["all of it: many hours", "`make bench-all`"],
+            ],
+        ),
+        '`ARGS` is passed on, as in `make bench-train_step ARGS="--rounds 2"` for a quick look.',
+    ]
+    for name in _ordered(found):
+        parts += [f"## {_title(name)}", *([_SUBJECTS[name][1]] if name in _SUBJECTS else []), *found[name]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [bench["extra_info"] for bench in content["benchmarks"]]
+
+
+def _by_suite(measured: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    suites: dict[str, list[dict[str, Any]]] = {}
+    for entry in measured:
+        suites.setdefault(entry["suite"], []).append(entry)
+    return suites
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    known = list(_SUBJECTS)
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def _title(suite: str) -> str:
+    return _SUBJECTS[suite][0] if suite in _SUBJECTS else suite.replace("_", " ").capitalize()
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _origin(content: dict[str, Any]) -> str:
     machine, commit = content["machine_info"], content["commit_info"]
     changed = " with local changes" if commit.get("dirty") else ""
-    origin = (
+    return (
         f"{machine['cpu']} ({machine['capability']}), {machine['threads']} of {machine['cores']} cores, "
-        f"torch {machine['torch']}, commit {commit['id'][:8]}{changed}, {content['datetime'][:10]}"
+        f"torch {machine['torch']}, commit {commit['id'][:8]}{changed}, {content['datetime'][:10]}."
     )
-    return f"{render(bench['extra_info'] for bench in content['benchmarks'])}\n\n{origin}"
 
 
-def _suite(name: str, entries: list[dict[str, Any]]) -> str:
+def _tables(entries: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(column for entry in entries for column in entry["samples"]))
     rounds = sorted({len(values) for entry in entries for values in entry["samples"].values()})
-    title = f"### {name.replace('_', ' ')}: median ms (p20 to p80) of {' or '.join(map(str, rounds))} rounds"
     times = [[entry["case"], *(_milliseconds(entry["samples"].get(c)) for c in columns)] for entry in entries]
-    parts = [title, markdown_table(["", *columns], times)]
-    ratios = [
-        [entry["case"], *_ratio_cells(entry["samples"], Ratio(**r))] for entry in entries for r in entry["ratios"]
-    ]
-    if ratios:
-        parts.append(markdown_table(["", "ratio of times", "value", "p20 to p80", "bar", ""], ratios))
+    parts = [markdown_table([f"median ms of {' or '.join(map(str, rounds))} rounds", *columns], times)]
+    named = list(dict.fromkeys(_name(ratio) for entry in entries for ratio in _ratios(entry)))
+    if named:
+        rows = []
+        for entry in entries:
+            cells = {_name(ratio): _ratio_cell(entry["samples"], ratio) for ratio in _ratios(entry)}
+            rows.append([entry["case"], *(cells.get(name, "") for name in named)])
+        parts.append(markdown_table(["ratio of times", *named], rows))
+    return "\n\n".join(parts)
+
+
+def _notes(entries: list[dict[str, Any]]) -> str:
     notes = [f"- {entry['case']}: {entry['note']}" for entry in entries if entry.get("note")]
-    return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
+    return "\n".join(["The cases:", "", *notes]) if notes else ""
+
+
+def _verdict(entries: list[dict[str, Any]]) -> str:
+    """Which bars are met and which are not, the worst of each; and where a peer is not the slower one."""
+    lines = []
+    values: dict[tuple[str, str], list[tuple[float, bool, str]]] = {}
+    for entry in entries:
+        for ratio in _ratios(entry):
+            value, name = ratio_of(entry["samples"], ratio).median, _name(ratio)
+            if ratio.bar():
+                values.setdefault((name, ratio.bar()), []).append((value, ratio.met(value), entry["case"]))
+            if ratio.top in _PEERS and round(value, 2) <= 1:
+                lines.append(f"- **not faster**: {name} is {value:.2f} for {entry['case']}")
+    for (name, bar), found in values.items():
+        missed = [value for value in found if not value[1]]
+        if missed:
+            worst, _, case = (min if bar.startswith(">") else max)(missed)
+            lines.append(
+                f"- **missed** {len(missed)} of {len(found)} times: {name} {bar}; worst: {worst:.2f}, for {case}"
+            )
+        else:
+            lines.append(f"- met {len(found)} of {len(found)} times: {name} {bar}")
+    return "\n".join(lines)
 
 
 def _milliseconds(samples: list[float] | None) -> str:
@@ -60,11 +196,20 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _ratio_cells(samples: dict[str, list[float]], ratio: Ratio) -> list[str]:
+def _ratios(entry: dict[str, Any]) -> list[Ratio]:
+    return [Ratio(**ratio) for ratio in entry["ratios"]]
+
+
+def _name(ratio: Ratio) -> str:
+    return f"{ratio.top} / {ratio.bottom}"
+
+
+def _ratio_cell(samples: dict[str, list[float]], ratio: Ratio) -> str:
     value: Spread = ratio_of(samples, ratio)
-    verdict = ("met" if ratio.met(value.median) else "**missed**") if ratio.bar() else ""
-    spread_of_rounds = f"{value.p20:.2f} to {value.p80:.2f}"
-    return [f"{ratio.top} / {ratio.bottom}", f"{value.median:.2f}", spread_of_rounds, ratio.bar(), verdict]
+    cell = f"{value.median:.2f} ({value.p20:.2f} to {value.p80:.2f})"
+    if not ratio.bar():
+        return cell
+    return f"{cell}, {ratio.bar()} {'met' if ratio.met(value.median) else '**missed**'}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -73,11 +218,26 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments:
-        sys.exit("usage: python -m benchmarks.table RESULT.json ...")
-    print("\n\n".join(render_file(Path(argument)) for argument in arguments))
+def _is_suite(path: Path) -> bool:
+    """Whether the `measure` fixture made it: other experiments keep JSON beside."""
+    content = json.loads(path.read_text())
+    return isinstance(content, dict) and {"machine_info", "commit_info", "benchmarks"} <= content.keys()
+
+
+@click.command()
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--write", type=click.Path(path_type=Path, dir_okay=False), help="The page, in the place of printing.")
+def main(results: tuple[Path, ...], write: Path | None) -> None:
+    """Print what the result files hold, or write the page; without files, of all in benchmarks/results."""
+    paths = sorted(results or _RESULTS.glob("*.json"))
+    suites = [path for path in paths if _is_suite(path)]
+    for path in set(results) - set(suites):
+        click.echo(f"{path}: not of a timed suite, left out", err=True)
+    if write is None:
+        click.echo("\n\n".join(map(render_file, suites)))
+    else:
+        write.write_text(page(suites, write.parent))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -59,7 +59,7 @@ def main(fractions: tuple[float, ...], epochs: int, seed: int) -> None:
         rows.append((name, graph.macs(keep), graph.params(keep), at_once, accuracy(small, test)))
 
     costs = compare_steps(networks, example, loss)  # in turns, on this machine; it trains them on
-    titles = ("MACs asked", "MACs", "parameters", "step ms", "at once", "trained", "on the front")
+    titles = ("MACs asked", "MACs", "parameters", "step ms", "at once", "trained", "on front")
     print(" ".join(f"{title:>10}" for title in titles))
     for row, cost in zip(rows, costs, strict=True):
         name, macs, params, at_once, trained = row

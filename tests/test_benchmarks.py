@@ -2,13 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import accuracy_table, data, early, gpu_suite, metapruning
+from benchmarks import accuracy_table, data, early, gpu_suite, metapruning, table
 from benchmarks.time_to_accuracy import ARMS, MARKS, Task
 
 
@@ -227,3 +228,70 @@ def test_the_page_of_searches_prints_wins_and_losses():
     assert "- met: MetaPruning is +1.00 points from uniform" in won
     assert "- **missed**: MetaPruning is +0.00 points from uniform" in lost
     assert "predicted +20% off" in lost
+
+
+def timed(suite: str, case: str, samples: dict[str, list[float]], ratios: list[dict], note: str = "") -> dict:
+    bounds = {"at_least": None, "at_most": None}
+    info = {"suite": suite, "case": case, "samples": samples, "ratios": [bounds | ratio for ratio in ratios]}
+    return {"extra_info": info | ({"note": note} if note else {})}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Three suites, of two files, and JSON of another experiment beside them."""
+    ours, theirs = {"top": "Torch-Pruning", "bottom": "stamp_fast"}, {"top": "dense", "bottom": "virtual"}
+    structural = [
+        timed("structural", "small", {"stamp_fast": [0.01, 0.01], "Torch-Pruning": [0.03, 0.03]}, [ours]),
+        timed("structural", "wide", {"stamp_fast": [0.02, 0.02], "Torch-Pruning": [0.01, 0.01]}, [ours]),
+    ]
+    bars = [theirs | {"at_least": 3}, {"top": "virtual", "bottom": "by hand", "at_most": 1.1}]
+    steps = [
+        timed("train_step", "a", {"dense": [0.4, 0.4], "virtual": [0.1, 0.1], "by hand": [0.1, 0.1]}, bars),
+        timed("train_step", "b", {"dense": [0.2, 0.2], "virtual": [0.1, 0.1], "by hand": [0.1, 0.1]}, bars),
+    ]
+    steps[0]["extra_info"]["note"] = "0.25 of the MACs"
+    phases = [timed("phases", "small", {"trace": [0.01], "compact": [0.02]}, [])]
+    for name, benchmarks in (("b", [*structural, *phases]), ("a", steps)):
+        known = {
+            "machine_info": MACHINE,
+            "commit_info": {"id": "0123456789", "dirty": False},
+            "datetime": "2026-11-22T",
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(known | {"benchmarks": benchmarks}))
+    (tmp_path / "scan.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_page_of_benchmarks(results):
+    (results / "early.md").write_text("")
+    page = table.page([results / "a.json", results / "b.json"], results)
+    titles = [line for line in page.splitlines() if line.startswith("#")]
+    assert titles == ["# Benchmarks", "## Structural time", "## Train step", "## Phases"]
+    assert page.count("a CPU (AVX512), 1 of 2 cores, torch 2.15.0, commit 01234567, 2026-11-22") == 3
+    assert "| small | 3.00 (3.00 to 3.00) |" in page  # of 30 ms and 10 ms
+    assert "| a | 4.00 (4.00 to 4.00), >= 3 met | 1.00 (1.00 to 1.00), <= 1.1 met |" in page
+    assert "| b | 2.00 (2.00 to 2.00), >= 3 **missed** | 1.00" in page
+    assert "- **not faster**: Torch-Pruning / stamp_fast is 0.50 for wide" in page
+    assert "- **missed** 1 of 2 times: dense / virtual >= 3; worst: 2.00, for b" in page
+    assert "- met 2 of 2 times: virtual / by hand <= 1.1" in page
+    assert "- a: 0.25 of the MACs" in page and "speed" not in page
+    assert "](early.md) | `make bench-early`" in page  # which is there, and the other is not
+    assert "(no page yet) | `make bench-metapruning`" in page and "](metapruning.md)" not in page
+
+
+def test_tables_are_printed_and_the_page_written(results):
+    paths = [str(results / name) for name in ("a.json", "b.json", "scan.json")]
+    done = CliRunner().invoke(table.main, paths, catch_exceptions=False)
+    assert done.exit_code == 0 and "### Train step" in done.stdout and "| wide | 20 (20 to 20) |" in done.stdout
+    assert "scan.json: not of a timed suite, left out" in done.stderr
+    CliRunner().invoke(table.main, [*paths, "--write", str(results / "page.md")], catch_exceptions=False)
+    assert (results / "page.md").read_text() == table.page([results / "a.json", results / "b.json"], results)
+
+
+def test_the_page_of_benchmarks_is_that_of_the_results():
+    """But for the list of links, which grows with the pages."""
+    root = Path(table.__file__).parent.parent
+    paths = sorted((root / "benchmarks" / "results").glob("*-torch*.json"))
+    written = (root / "docs" / "benchmarks.md").read_text()
+    made, kept = (text.partition("\n## ")[2] for text in (table.page(paths, root), written))
+    assert made and made == kept, "make bench writes the page"
