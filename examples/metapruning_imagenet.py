@@ -29,7 +29,7 @@ from stamp_fast.metapruning import Genome, PruningNet, search, spaces
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Section 2.3 and 2.6 of the paper's code. Batch sizes are of all processes together.
+    """As in the paper's code. Batch sizes are of all processes together.
 
     Attributes:
         fit, retrain: epochs, batch size, first learning rate.

@@ -1,4 +1,4 @@
-"""Runs a model once on meta tensors and records every ATen operator (DESIGN 3.1). The model is left as found."""
+"""Runs a model once on meta tensors and records every ATen operator. The model is left as found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes down every operator of a forward that runs on meta tensors (DESIGN 3.1).
+"""Writes down every operator of a forward that runs on meta tensors.
 
 Half the time of a trace is spent in here: the road of an operator whose tensors are all known is kept short.
 """

@@ -1,4 +1,4 @@
-"""Runs the smaller network on meta tensors and compares every operator with what the labels predict (DESIGN 3.4)."""
+"""Runs the smaller network on meta tensors and compares every operator with what the labels predict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mends what a smaller network trips over, so that a working one always comes out (DESIGN 3.4).
+"""Mends what a smaller network trips over, so that a working one always comes out.
 
 A random cut is replayed on meta tensors. At a mismatch, in this order: a module attribute that holds a size is bound
 to the width it comes from; two dims that the forward takes for equally wide are tied, alone or together with such an

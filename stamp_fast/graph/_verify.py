@@ -22,7 +22,7 @@ def masked_output(graph: ChannelGraph, keep: torch.Tensor, inputs: Any) -> Any:
     """One eval-mode forward of the dense network in which no dead channel reaches anything that reads it.
 
     Where an operator sums over channels, dead ones are multiplied by zero; where it normalises over them, it is
-    computed on the live ones alone (DESIGN 3.3). Slow and obvious: every operator of the dense network runs.
+    computed on the live ones alone. Slow and obvious: every operator of the dense network runs.
 
     Raises:
         TraceError: the forward runs other operators on real tensors than it did when traced.

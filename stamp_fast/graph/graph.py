@@ -374,7 +374,7 @@ class ChannelGraph:
 
     @collection_paused()
     def check(self, keep: torch.Tensor) -> None:
-        """Replays the smaller network on meta tensors (DESIGN 3.4). Changes nothing.
+        """Replays the smaller network on meta tensors. Changes nothing.
 
         Raises:
             CompactionError: it would not run as predicted; ``.groups`` names the groups to keep.
@@ -460,7 +460,7 @@ class ChannelGraph:
 
         Args:
             keep: bool, [num_classes], or the plan made of it (to use it for many steps).
-            scale: float, [num_classes]: each class's factor z on the weights that read it (DESIGN 3.3); differentiable.
+            scale: float, [num_classes]: each class's factor z on the weights that read it; differentiable.
 
         Raises:
             ArgumentError: a mask that cannot be, a plan of another graph, a scale of another size, or the network has

@@ -20,7 +20,7 @@ from ..checks import check_model, check_prunable
 from ..errors import ArgumentError, CompactionError, ModelError
 from ..graph import ChannelGraph, Group, trace
 
-SCALES = tuple((10 + 3 * i) / 100 for i in range(31))  # section 2.1 of the paper's code: 0.10, 0.13, ..., 1.00
+SCALES = tuple((10 + 3 * i) / 100 for i in range(31))  # the paper's code: 0.10, 0.13, ..., 1.00
 
 
 @dataclasses.dataclass(frozen=True)

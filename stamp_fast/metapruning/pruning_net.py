@@ -209,7 +209,7 @@ class PruningNet(nn.Module):
         checkpoint: Any = None,
         progress: bool = True,
     ) -> PruningNet:
-        """Trains on a new random genome in every step; SGD, learning rate linear to 0 (section 2.3 of the code).
+        """Trains on a new random genome in every step; SGD, learning rate linear to 0.
 
         The paper gives it a quarter of the epochs of the final training: 64 for MobileNets (batch 512, lr 0.25), and 32
         for ResNet-50 (batch 256, lr 0.1). Under torch.distributed all processes start from the first one's weights,
@@ -271,7 +271,7 @@ class PruningNet(nn.Module):
         validation: Iterable[Any],
         metric: Callable[[nn.Module, Any], tuple[float, int]] | None = None,
     ) -> float:
-        """How good a genome's network is on generated weights; higher is better (section 2.4 of the code).
+        """How good a genome's network is on generated weights; higher is better, as in the paper's code.
 
         Args:
             calibration: batches that the batch norms take their statistics from.
