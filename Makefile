@@ -108,7 +108,7 @@ zoo: build
 
 # The documentation as a site in build/site; reads the sources without importing them, so that it needs no torch.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 DOCS_EXTRA := ["project"]["optional-dependencies"]["docs"]
 DOCS_PACKAGES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(DOCS_EXTRA))
