@@ -67,8 +67,12 @@ class Batches:
         """Batches in a pass, as far as the loader says."""
         try:
             return len(self._loader)
-        except TypeError:
+        except Exception:  # some loaders have a length that raises; then they do not say
             return None
+
+    def batch_size(self) -> int:
+        """Examples in the first batch."""
+        return _examples(self.first)
 
     def take(self, count: int) -> Iterator[Any]:
         """`count` batches from the start, the loader begun anew as often as it takes."""
@@ -116,8 +120,8 @@ class Batches:
         with contextlib.suppress(AttributeError, TypeError):
             return len(self._loader.dataset)
         with contextlib.suppress(TypeError):
-            return len(self._loader) * _examples(self.first)
-        return _examples(self.first)
+            return len(self._loader) * self.batch_size()
+        return self.batch_size()
 
 
 def inputs_of(batch: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable
 from os import PathLike
 from typing import Any
@@ -10,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from . import config
 from ._phases import Phases, in_mode
@@ -18,8 +16,8 @@ from .budget import Budget
 from .checks import check_arguments, check_model, check_prunable
 from .cutting import chosen, select_and_cut
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, inputs_given, inputs_of, some_examples
-from .errors import ArgumentError, CompactionError, LoaderError
-from .graph import ChannelGraph, trace
+from .errors import ArgumentError
+from .graph import trace
 from .graph._model import unwrapped
 from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
@@ -27,10 +25,9 @@ from .graph._undisturbed import attributes_restored, uncompiled
 from .layer_costs import check_faster, priced
 from .methods import METHODS, Request
 from .recalibrate import recalibrate
-from .report import GroupVerdict, PruneReport, StepCost, compare_steps, verdicts
+from .report import PruneReport, copy_of, measured, pruning_report, verdicts
 from .stamp import MaskGenerator, Settings
 from .stamp.mask_generator import check_generator
-from .verify import Verification
 
 _RECALIBRATION_BATCHES = 20
 _SAMPLE = 256  # examples that method "stamp" conditions its masks on, and that `reconstruction` folds on
@@ -136,7 +133,7 @@ def prune(
                 check_prunable(graph)
                 if generator is not None:
                     generator.check_fits(graph)
-                dense = _copy(network)
+                dense = copy_of(network)
             asked = budget
             if asked.measured():
                 with phases("costs"):
@@ -171,13 +168,15 @@ def prune(
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
-                costs = _measured(dense, network, batches.first, loss_fn)
+                costs = measured(dense, network, batches.first, loss_fn)
             backends = dict(ran)
     except BaseException:
         before.restore()
         raise
     groups = verdicts(graph, kept, round_to, ranked.floor)
-    _reports[network] = _report(graph, kept, groups, method, asked, costs, verified, phases.seconds, backends)
+    _reports[network] = pruning_report(
+        graph, kept, groups, method, asked, batches, costs, verified, phases.seconds, backends
+    )
     return model
 
 
@@ -203,65 +202,3 @@ def _sample(
         return batches.sample(_SAMPLE, lambda batch: inputs_given(network, loss_fn, batch))
     except ArgumentError:  # loss_fn gives some by position and some by name: only the example can be run again
         return [example], None
-
-
-def _measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn) -> list[StepCost] | None:
-    if dense is None:
-        return None
-    try:
-        return compare_steps([dense, _copy(network)], batch, loss_fn)
-    except LoaderError as error:
-        compare_steps([dense], batch, loss_fn, seconds=0)  # raises where the batch is at fault
-        raise CompactionError(
-            f"prune: the smaller network cannot take a training step, which the dense one can: {error.__cause__}. What "
-            "the forward does in training mode alone is not traced; a size may be fixed there. The model is unchanged; "
-            "add the layer of that width to keep=."
-        ) from error
-
-
-def _copy(model: nn.Module) -> nn.Module | None:
-    # Tensors that the last forward has left in attributes (a weight computed by a hook) hold on to its graph.
-    computed = [t for m in model.modules() for t in tree_leaves(vars(m)) if isinstance(t, torch.Tensor) and t.grad_fn]
-    try:
-        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-    except Exception:  # a model may hold anything; the report then says "not measured"
-        return None
-
-
-def _report(
-    graph: ChannelGraph,
-    kept: torch.Tensor,
-    groups: list[GroupVerdict],
-    method: str,
-    budget: Budget,
-    costs: Any,
-    verified: Verification | None,
-    seconds: dict,
-    backends: dict[str, str],
-) -> PruneReport:
-    notes = []
-    if costs is None:
-        notes.append("the train step was not measured: the model cannot be copied")
-    elif costs[1].milliseconds >= costs[0].milliseconds:
-        notes.append("the pruned train step is NOT faster on this machine; try a larger batch or a smaller budget")
-    skipped = "verify=False" if verified is None else verified.skipped
-    if skipped:
-        notes.append(f"the smaller network was not compared with the masked dense one: {skipped}")
-    before, after = costs or (None, None)
-    return PruneReport(
-        method=method,
-        budget=budget.asked(),
-        macs_before=graph.macs(),
-        macs_after=graph.macs(kept),
-        params_before=graph.params(),
-        params_after=graph.params(kept),
-        train_step_ms_before=before and before.milliseconds,
-        train_step_ms_after=after and after.milliseconds,
-        peak_memory_before=before and before.peak_bytes,
-        peak_memory_after=after and after.peak_bytes,
-        seconds=seconds,
-        equality_error=verified and verified.error,
-        backends=backends,
-        groups=groups,
-        notes=notes,
-    )

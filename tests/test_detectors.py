@@ -69,6 +69,9 @@ def test_small_detector(method):
     assert [s[0] for s in heads] == [s[0] for s in left]
     assert model.backbone[1].running_mean.shape != old_mean.shape and model.backbone[1].num_batches_tracked == 1
     assert report.train_step_ms_after > 0 and report.peak_memory_after < report.peak_memory_before
+    assert report.forward_ms_before > 0 and report.forward_ms_after > 0
+    assert sum(report.layer_ms_after.values()) == pytest.approx(report.train_step_ms_after)
+    assert {"backbone.0", "rpn.head.cls_logits", "roi_heads.box_head.fc6"} <= set(report.layer_ms_after)
     optimizer.zero_grad()
     loss(model, batches()[0]).backward()
     optimizer.step()

@@ -1,7 +1,20 @@
 """What a prune did: every group's verdict, costs before and after, measured on this machine."""
 
-from .measure import StepCost, compare_steps
+from .build import Measured, measured, pruning_report
+from .measure import StepCost, compare_forwards, compare_steps, copy_of, layer_times
 from .report import GroupVerdict, PruneReport
 from .verdicts import verdicts
 
-__all__ = ["GroupVerdict", "PruneReport", "StepCost", "compare_steps", "verdicts"]
+__all__ = [
+    "GroupVerdict",
+    "Measured",
+    "PruneReport",
+    "StepCost",
+    "compare_forwards",
+    "compare_steps",
+    "copy_of",
+    "layer_times",
+    "measured",
+    "pruning_report",
+    "verdicts",
+]

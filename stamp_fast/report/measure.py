@@ -1,12 +1,15 @@
-"""Time and peak memory of a training step, measured."""
+"""Time and peak memory of a training step, whole and by layer, and time of a forward: measured."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,82 +17,222 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_ROUNDS = 5
+from ..data import LossFn, check_forward, cross_entropy, guarded
+from ..errors import ModelError
+from ..graph._model import unwrapped
+from ..graph._record import call_model, fresh
+from ..graph._undisturbed import uncompiled
+from .timeline import OPTIMIZER, OTHER, Timeline
+
+_ROUNDS = 9  # at most, of whole steps
+_ROUNDS_BY_LAYER = 3
 _SECONDS = 1.0
+_FORWARD_SECONDS = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """One training step (forward, backward, SGD step): median milliseconds, and peak bytes allocated during it."""
+    """One training step: forward, backward, step of SGD with momentum.
+
+    Attributes:
+        milliseconds: median over `steps`.
+        peak_bytes: most that was allocated at a time during the step, beyond what was there before.
+        layers: milliseconds of every layer that ran, forward and backward, in the order of their forwards, then
+            "(optimizer)" and "(other)", which is all between layers and the loss. Their sum is `milliseconds`.
+        steps: how many were timed.
+    """
 
     milliseconds: float
     peak_bytes: int
+    layers: dict[str, float]
+    steps: int
 
 
 def compare_steps(
     models: list[nn.Module],
     batch: Any,
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    loss_fn: LossFn,
     seconds: float = _SECONDS,
 ) -> list[StepCost]:
     """Costs of the models' training steps on one batch, timed in turns so that noise meets all alike.
 
-    The models are trained in place: hand in copies. At least one timed step each, at most five, about `seconds` in all.
+    The models are trained in place: hand in copies. At least one timed step each, about `seconds` in all. Marks between
+    layers cost some microseconds each: the whole step is timed without, unless steps are so slow that there is no time
+    for another. The layers' shares are those of the marked steps.
     """
-    steps = [_step_of(model, batch, loss_fn) for model in models]
-    peaks = [_peak_bytes(model, step, batch) for model, step in zip(models, steps, strict=True)]
-    times: list[list[float]] = [[] for _ in steps]
-    begin = time.perf_counter()
-    for _ in range(_ROUNDS):
-        for step, taken in zip(steps, times, strict=True):
-            taken.append(_timed(step))
-        if time.perf_counter() - begin > seconds:
-            break
-    return [StepCost(1000 * statistics.median(t), peak) for t, peak in zip(times, peaks, strict=True)]
+    device = _device_of(models[0])
+    with _own_rng(device):
+        steps = [_Step(model, batch, loss_fn, device) for model in models]
+        peaks = [step.peak_bytes() for step in steps]
+        end = time.perf_counter() + seconds
+        by_layer = [[step.by_layer()] for step in steps]
+        whole: list[list[float]] = [[] for _ in steps]
+        while time.perf_counter() < end and len(whole[0]) < _ROUNDS:
+            for step, taken in zip(steps, whole, strict=True):
+                taken.append(_timed(step.run, device))
+            if time.perf_counter() < end and len(by_layer[0]) < _ROUNDS_BY_LAYER:
+                for step, taken in zip(steps, by_layer, strict=True):
+                    taken.append(step.by_layer())
+    return [_cost(*measured) for measured in zip(whole, by_layer, peaks, strict=True)]
 
 
-def _step_of(model: nn.Module, batch: Any, loss_fn: Callable) -> Callable[[], None]:
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:  # a wholly frozen network costs what it would cost if it were trained
-        trainable = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=0.9)  # the work of a step; a loss of any scale stays finite
+def compare_forwards(models: list[nn.Module], inputs: Any, seconds: float = _FORWARD_SECONDS) -> list[float]:
+    """Milliseconds of the models' forwards in eval mode, without gradients, in turns; medians.
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
+    Args:
+        models: left in eval mode: hand in copies.
+        inputs: what a forward takes: tensor, tuple or dict.
+        seconds: in all, about; every model runs once at least.
+    """
+    device = _device_of(models[0])
+    taken: list[list[float]] = [[] for _ in models]
+    end = time.perf_counter() + seconds
+    with _own_rng(device), torch.no_grad():
+        while not taken[0] or (time.perf_counter() < end and len(taken[0]) <= _ROUNDS):
+            for model, times in zip(models, taken, strict=True):
+                model.eval()
+                times.append(_timed(functools.partial(call_model, model, fresh(inputs)), device))
+    # The first forward is slower, and counts only where it is the only one.
+    return [1000 * statistics.median(times[1:] or times) for times in taken]
+
+
+def layer_times(model: nn.Module, batch: Any, loss_fn: LossFn = cross_entropy) -> dict[str, float]:
+    """Milliseconds of a training step (forward, backward, SGD) that every layer of the model takes.
+
+    The model is left as it is: a copy is trained.
+
+    Args:
+        batch: as `loss_fn` takes it, on the model's device.
+
+    Returns:
+        By the layers' names, in the order of their forwards; then "(optimizer)" and "(other)", which is all between
+        layers and the loss. The sum is the time of the step.
+
+    Raises:
+        ModelError: the model cannot be copied.
+        LoaderError: model or loss cannot take the batch.
+        ArgumentError: the loss is no scalar, or does not depend on the model's parameters.
+    """
+    copied = copy_of(unwrapped(model))
+    if copied is None:
+        raise ModelError(
+            "layer_times: the model cannot be copied, and measuring would change it; give its classes a __deepcopy__, "
+            "or take out of its attributes what copy.deepcopy refuses (open files, locks, generators)"
+        )
+    loss = guarded(loss_fn)
+    with uncompiled():
+        check_forward(copied, batch, loss)
+        return compare_steps([copied], batch, loss)[0].layers
+
+
+def copy_of(model: nn.Module) -> nn.Module | None:
+    """A copy for measurements, None where something in the model refuses."""
+    # Tensors that the last forward has left in attributes (a weight computed by a hook) hold on to its graph.
+    computed = [t for m in model.modules() for t in tree_leaves(vars(m)) if isinstance(t, torch.Tensor) and t.grad_fn]
+    try:
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    except Exception:  # a model may hold anything
+        return None
+
+
+class _Step:
+    """The training step of a model on a batch."""
+
+    def __init__(self, model: nn.Module, batch: Any, loss_fn: LossFn, device: torch.device) -> None:
+        self.model, self.batch, self.loss_fn, self.device = model.train(), batch, loss_fn, device
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:  # a wholly frozen network costs what it would cost if it were trained
+            trainable = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
+        # The work of a step, without its effect: a loss of any scale stays finite.
+        self.optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=0.9)
+
+    def run(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss_fn(model, batch).backward()
-        optimizer.step()
+            self.loss_fn(self.model, self.batch).backward()
+        self.optimizer.step()
 
-    return step
+    def by_layer(self) -> dict[str, float]:
+        """Seconds of one step, by layer."""
+        timeline = Timeline(*_clock(self.device))
+        _wait(self.device)
+        with timeline.watching(self.model):
+            timeline.mark(OPTIMIZER)
+            self.optimizer.zero_grad(set_to_none=True)
+            timeline.mark(OTHER)
+            with torch.enable_grad():
+                loss = self.loss_fn(self.model, self.batch)
+            timeline.mark(None)
+            timeline.watch_backward(loss)
+            timeline.mark(OTHER)
+            loss.backward()
+            timeline.mark(OPTIMIZER)
+            self.optimizer.step()
+            timeline.mark(None)
+        _wait(self.device)
+        return timeline.totals()
+
+    def peak_bytes(self) -> int:
+        """Peak of what one step has allocated at a time, beyond what was there before it. Also warms up."""
+        if self.device.type == "cuda":
+            self.run()
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.run()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        given = [t for t in tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
+        tracker = LiveBytes([*self.model.parameters(), *self.model.buffers(), *given])
+        with tracker:
+            self.run()
+        return tracker.peak
 
 
-def _timed(step: Callable[[], None]) -> float:
-    _synchronize()
+def _cost(whole: list[float], by_layer: list[dict[str, float]], peak: int) -> StepCost:
+    whole = whole or [sum(times.values()) for times in by_layer]
+    milliseconds = 1000 * statistics.median(whole)
+    names = dict.fromkeys(name for times in by_layer for name in times if name not in (OPTIMIZER, OTHER))
+    # The least: in the short time of a layer, what else the machine does weighs heavily, and only adds.
+    layers = {name: min(times.get(name, 0.0) for times in by_layer) for name in (*names, OPTIMIZER, OTHER)}
+    total = sum(layers.values())
+    layers = {name: seconds / total * milliseconds for name, seconds in layers.items()}
+    return StepCost(milliseconds, peak, layers, len(whole))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _own_rng(device: torch.device) -> Iterator[None]:
+    """How often something is timed depends on how slow it is, and dropout draws every time."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
     begin = time.perf_counter()
-    step()
-    _synchronize()
+    work()
+    _wait(device)
     return time.perf_counter() - begin
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """The time, and the seconds between two: on a GPU those of its stream, which lags behind."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda begin, end: end - begin
+
+    def now() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return now, lambda begin, end: begin.elapsed_time(end) / 1000
 
 
-def _peak_bytes(model: nn.Module, step: Callable[[], None], batch: Any) -> int:
-    """Peak of what one step has allocated at a time, beyond what was there before it. Also warms up."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, torch.Tensor)]
-    if tensors and tensors[0].is_cuda:
-        step()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    tracker = LiveBytes([*model.parameters(), *model.buffers(), *tensors])
-    with tracker:
-        step()
-    return tracker.peak
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class LiveBytes(TorchDispatchMode):

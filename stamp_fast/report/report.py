@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-import sys
 
-from rich.console import Console
-from rich.table import Table
+from .._files import real_path
+from ..errors import ArgumentError
+from .page import page
+from .text import text
 
-_SHOWN = 3  # names in one cell of the text; the JSON has all
-_MODULE = re.compile(r" in module '[^']*'")
+_DERIVED = (
+    "prune_seconds",
+    "epoch_seconds_before",
+    "epoch_seconds_after",
+    "break_even_steps",
+    "break_even_epochs",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +43,34 @@ class GroupVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class PruneReport:
-    """Costs before and after, measured on this machine; see the attributes' units.
+    """The ledger of one prune: what it cost, and what training cost before and costs from now on, on this machine.
+
+    Times are of the first batch, dense and pruned network in turns; loading the data is in none of them. What could not
+    be measured is None or empty, and `notes` says why.
 
     Attributes:
         method: how channels were scored.
         budget: what was asked, fraction of the dense network by name.
         macs_before, macs_after: multiply-accumulates of one example's forward.
         params_before, params_after: parameters.
-        train_step_ms_before, train_step_ms_after: median of a training step on the first batch, milliseconds,
-            dense and pruned in turns; None where the model could not be copied.
+        train_step_ms_before, train_step_ms_after: median of a training step (forward, backward, SGD), milliseconds;
+            None where the model could not be copied.
         peak_memory_before, peak_memory_after: peak bytes allocated during a training step; None likewise.
-        seconds: wall time of each phase.
+        seconds: wall time of each phase of the prune.
         equality_error: largest difference between the smaller network and the masked dense one, relative, before
             statistics were recalibrated.
         backends: by operator, the implementation that ran (`stamp_fast.config`).
         groups: a verdict for every group.
         notes: what the user should know.
+        forward_ms_before, forward_ms_after: median of a forward in eval mode, milliseconds; None likewise, and where
+            the model does not take in eval mode what it is trained with.
+        layer_ms_before, layer_ms_after: milliseconds of a training step by layer, forward and backward, in the order of
+            the forwards; then "(optimizer)" and "(other)": all between layers, and the loss. They add up to the step.
+        steps_timed: training steps of each network that were timed.
+        batch_size: examples in the batch that was timed; 0 where that is not known.
+        steps_per_epoch: batches in a pass over the loader; None where it does not say.
+        model: name of the network's class.
+        machine: what the times depend on: device, threads, version of torch.
     """
 
     method: str
@@ -71,93 +88,68 @@ class PruneReport:
     backends: dict[str, str]
     groups: list[GroupVerdict]
     notes: list[str]
+    forward_ms_before: float | None = None
+    forward_ms_after: float | None = None
+    layer_ms_before: dict[str, float] = dataclasses.field(default_factory=dict)
+    layer_ms_after: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps_timed: int = 0
+    batch_size: int = 0
+    steps_per_epoch: int | None = None
+    model: str = ""
+    machine: str = ""
+
+    @property
+    def prune_seconds(self) -> float:
+        """Wall time of the whole prune, seconds, these measurements included."""
+        return sum(self.seconds.values())
+
+    @property
+    def epoch_seconds_before(self) -> float | None:
+        """Seconds that an epoch of the loader took in training steps; None where that was not measured."""
+        return self._epoch_seconds(self.train_step_ms_before)
+
+    @property
+    def epoch_seconds_after(self) -> float | None:
+        """Seconds that an epoch of the loader takes in training steps; None where that was not measured."""
+        return self._epoch_seconds(self.train_step_ms_after)
+
+    @property
+    def break_even_steps(self) -> float | None:
+        """Training steps until the time saved is that of the prune; None where nothing is saved or was measured."""
+        if self.train_step_ms_before is None or self.train_step_ms_after is None:
+            return None
+        saved = self.train_step_ms_before - self.train_step_ms_after
+        return 1000 * self.prune_seconds / saved if saved > 0 else None
+
+    @property
+    def break_even_epochs(self) -> float | None:
+        """Epochs until the time saved is that of the prune; None likewise, and where the loader has no length."""
+        if self.break_even_steps is None or not self.steps_per_epoch:
+            return None
+        return self.break_even_steps / self.steps_per_epoch
 
     def to_json(self) -> str:
-        """The report as a JSON object; one key per attribute."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The report as a JSON object: one key per attribute, then those that follow from them (break-even, epoch)."""
+        return json.dumps(dataclasses.asdict(self) | {name: getattr(self, name) for name in _DERIVED}, indent=2)
+
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Writes the report as one HTML page that needs nothing else: no scripts, fonts or images.
+
+        Raises:
+            ArgumentError: the file cannot be written.
+        """
+        file = real_path(path)
+        try:
+            # Any str can be a module's name, and not every str is valid UTF-8.
+            with open(file, "w", encoding="utf-8", errors="xmlcharrefreplace") as page_file:
+                page_file.write(page(self))
+        except OSError as error:
+            raise ArgumentError(f"to_html: path={str(path)!r} cannot be written: {error.strerror}") from error
 
     def __str__(self) -> str:
-        console = Console(width=110, color_system=None, markup=False, emoji=False, highlight=False)
-        with console.capture() as capture:
-            console.print(self._summary())
-            for table in (self._pruned_table(), self._kept_table()):
-                if table.row_count:
-                    console.print(table)
-            for note in self.notes:
-                console.print(f"note: {note}", soft_wrap=True)
-            spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
-            console.print(f"spent: {spent}", soft_wrap=True)
-            if self.backends:
-                ran = ", ".join(f"{name} on {backend}" for name, backend in sorted(self.backends.items()))
-                console.print(f"operators: {ran}", soft_wrap=True)
-            if self.equality_error is not None:
-                console.print(f"smaller network = masked dense network to {self.equality_error:.1e} (relative)")
-        return capture.get().rstrip()
+        return text(self)
 
-    def _summary(self) -> Table:
-        asked = ", ".join(f"{name}={fraction:g}" for name, fraction in self.budget.items())
-        table = Table(title=f"pruned by '{self.method}' for {asked}")
-        for heading in ("", "before", "after", "ratio"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        rows = [
-            ("MACs (M)", self.macs_before / 1e6, self.macs_after / 1e6),
-            ("params (k)", self.params_before / 1e3, self.params_after / 1e3),
-            ("train step (ms)", self.train_step_ms_before, self.train_step_ms_after),
-            ("peak memory of a step (MB)", _megabytes(self.peak_memory_before), _megabytes(self.peak_memory_after)),
-        ]
-        for name, before, after in rows:
-            if before is None or after is None:
-                table.add_row(name, "not measured", "not measured", "")
-            else:
-                ratio = f"{before / after:.2f}x less" if after else ""
-                table.add_row(name, f"{before:.1f}", f"{after:.1f}", ratio)
-        return table
-
-    def _pruned_table(self) -> Table:
-        pruned = [group for group in self.groups if group.verdict == "pruned"]
-        table = Table(title=f"pruned: {_groups(len(pruned))}")
-        table.add_column("layer", overflow="fold")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
-        others = [_some([layer for layer in group.layers if layer != group.name]) for group in pruned]
-        if any(others):
-            table.add_column("together with", overflow="fold")
-        for group, names in zip(pruned, others, strict=True):
-            table.add_row(group.name, str(group.channels), str(group.kept), *[names] * any(others))
-        return table
-
-    def _kept_table(self) -> Table:
-        """One row for each reason: a network repeats its blocks, and with them a reason but for its module."""
-        by_reason: dict[str, list[GroupVerdict]] = {}
-        for group in self.groups:
-            if group.verdict == "kept":
-                by_reason.setdefault(_MODULE.sub("", group.reason), []).append(group)
-        table = Table(title=f"kept: {_groups(sum(map(len, by_reason.values())))}", show_lines=True)
-        table.add_column("layer (channels)", overflow="fold")
-        table.add_column("reason", overflow="fold")
-        for reason, groups in by_reason.items():
-            reason = groups[0].reason if len({g.reason for g in groups}) == 1 else reason
-            many = f"{len(groups)} groups: " if len(groups) > 1 else ""
-            table.add_row(_some([f"{g.name} ({g.channels})" for g in groups], "\n"), many + _short_paths(reason))
-        return table
-
-
-def _groups(count: int) -> str:
-    return f"{count} group" + "s" * (count != 1)
-
-
-def _some(names: list[str], separator: str = ", ") -> str:
-    more = len(names) - _SHOWN
-    return separator.join(names if more <= 1 else [*names[:_SHOWN], f"and {more} more"])
-
-
-def _short_paths(reason: str) -> str:
-    """Source files relative to where they are imported from; the JSON keeps them whole."""
-    for root in sorted({os.getcwd(), *sys.path}, key=len, reverse=True):
-        if root.rstrip(os.sep):
-            reason = reason.replace(f" at {root.rstrip(os.sep)}{os.sep}", " at ")
-    return reason
-
-
-def _megabytes(size: int | None) -> float | None:
-    return None if size is None else size / 1e6
+    def _epoch_seconds(self, milliseconds: float | None) -> float | None:
+        if milliseconds is None or self.steps_per_epoch is None:
+            return None
+        return self.steps_per_epoch * milliseconds / 1000

@@ -1,0 +1,137 @@
+"""What a report says in words, for its text and its page alike."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .report import GroupVerdict, PruneReport
+
+NOT_MEASURED = "not measured"
+_QUANTITIES = {"macs": "MACs", "params": "parameters", "channels": "prunable channels"}
+_HARDLY = 1.05  # the same network measured twice differs by a few percent
+
+
+class Row(NamedTuple):
+    """One line of the ledger."""
+
+    name: str
+    before: str
+    after: str
+    ratio: str
+
+
+def headline(report: PruneReport) -> list[str]:
+    """What was found, what was asked, and when it pays: sentences, the most important one first."""
+    return [_speed(report), _asked(report), _payback(report)]
+
+
+def _speed(report: PruneReport) -> str:
+    before, after = report.train_step_ms_before, report.train_step_ms_after
+    if before is None or after is None:
+        return "Training time was not measured, so nothing here says that the pruned network is faster to train."
+    times = f"a training step takes {figures(after)} ms, that of the dense network {figures(before)} ms"
+    if after >= before:
+        return f"The pruned network is NOT faster to train on this machine: {times}."
+    if before < _HARDLY * after:
+        return (
+            f"The pruned network is hardly faster to train on this machine: {times}, a difference like that of noise."
+        )
+    return (
+        f"A training step takes {figures(after)} ms instead of {figures(before)} ms: {before / after:.2f}x less, "
+        "measured on this machine."
+    )
+
+
+def _asked(report: PruneReport) -> str:
+    asked = " and ".join(f"{percent(share)} of the {_QUANTITIES.get(n, n)}" for n, share in report.budget.items())
+    macs, params = report.macs_after / max(report.macs_before, 1), report.params_after / max(report.params_before, 1)
+    return (
+        f"Asked of method '{report.method}': {asked}. Left: {percent(macs)} of the MACs and {percent(params)} of the "
+        "parameters, which are no measure of time."
+    )
+
+
+def _payback(report: PruneReport) -> str:
+    spent = f"Pruning took {figures(report.prune_seconds)} s"
+    steps, epochs = report.break_even_steps, report.break_even_epochs
+    if report.train_step_ms_before is None or report.train_step_ms_after is None:
+        return f"{spent}; when that is paid back is not known."
+    if steps is None:
+        return f"{spent}, which is never paid back in training time."
+    when = f"{spent}, paid back in training time after {figures(steps, whole=True)} steps"
+    if epochs is None:
+        return f"{when}; the loader does not say how many steps an epoch has."
+    many = figures(epochs) if epochs >= 1 else f"{epochs:.2g}"
+    return f"{when}: break-even after {many} epochs of {report.steps_per_epoch:,} steps."
+
+
+def ledger(report: PruneReport) -> list[Row]:
+    """Costs before and after."""
+    mb = [None if size is None else size / 1e6 for size in (report.peak_memory_before, report.peak_memory_after)]
+    rows = [
+        _row("MACs of an example (M)", report.macs_before / 1e6, report.macs_after / 1e6),
+        _row("params (k)", report.params_before / 1e3, report.params_after / 1e3),
+        _row("train step (ms)", report.train_step_ms_before, report.train_step_ms_after),
+        _row("forward in eval mode (ms)", report.forward_ms_before, report.forward_ms_after),
+        _row("peak memory of a step (MB)", *mb),
+    ]
+    if report.steps_per_epoch is None:
+        return [*rows, Row("epoch (s): the loader has no length", "not known", "not known", "")]
+    name = f"epoch of {report.steps_per_epoch:,} steps (s)"
+    return [*rows, _row(name, report.epoch_seconds_before, report.epoch_seconds_after)]
+
+
+def how_measured(report: PruneReport) -> str:
+    """What the times are of; "" where there are none."""
+    if report.train_step_ms_before is None:
+        return ""
+    many = "one step each" if report.steps_timed == 1 else f"median of {report.steps_timed} steps each"
+    batch = f"the first batch ({report.batch_size} examples)" if report.batch_size else "the first batch"
+    return (
+        f"Times: {many}, dense and pruned in turns, forward, backward and SGD with momentum on {batch}; "
+        f"{report.machine}. Loading the data is in none of them."
+    )
+
+
+def in_network_order(report: PruneReport) -> list[GroupVerdict]:
+    """The groups as the forward comes to their layers; where a layer was not seen, its group follows the one before."""
+    position = {name: i for i, name in enumerate(report.layer_ms_before)}
+    placed, last = [], -1
+    for group in report.groups:
+        last = position.get(group.name, last)
+        placed.append((last, group))
+    return [group for _, group in sorted(placed, key=lambda pair: pair[0])]
+
+
+def figures(value: float, whole: bool = False) -> str:
+    """Three significant figures, and all of those before the point."""
+    if whole or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def ratio(before: float, after: float) -> str:
+    if not before or not after:
+        return ""
+    return f"{before / after:.2f}x less" if after <= before else f"{after / before:.2f}x more"
+
+
+def short_paths(reason: str) -> str:
+    """Source files relative to where they are imported from; the JSON keeps them whole."""
+    for root in sorted({os.getcwd(), *sys.path}, key=len, reverse=True):
+        if root.rstrip(os.sep):
+            reason = reason.replace(f" at {root.rstrip(os.sep)}{os.sep}", " at ")
+    return reason
+
+
+def _row(name: str, before: float | None, after: float | None) -> Row:
+    if before is None or after is None:
+        return Row(name, NOT_MEASURED, NOT_MEASURED, "")
+    return Row(name, figures(before), figures(after), ratio(before, after))
