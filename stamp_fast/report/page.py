@@ -67,7 +67,8 @@ svg line { stroke: var(--line); }
   .rows thead .n { white-space: normal; }
   .rows tfoot td:empty { display: none; }
   .ledger th, .ledger td { padding: .3rem .25rem; font-size: .9rem; }
-  .groups tr { grid-template-columns: 2.2rem 1fr 4.3rem 3rem; }
+  .ledger td:not(:last-child) { white-space: normal; }
+  .groups tr { align-items: start; grid-template-columns: 2.2rem 1fr 4.3rem 3rem; }
   .groups .wide { grid-column: 2 / -1; }
   .groups .why { grid-column: 2 / -1; }
   .groups td:empty { display: none; }
