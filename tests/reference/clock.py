@@ -3,7 +3,7 @@
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Milliseconds. Whatever is not here takes none.
-TICKS = {
+TICKS: dict[str, float] = {
     "convolution": 10,
     "convolution_backward": 20,
     "addmm": 3,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stamp_fast import ArgumentError, LoaderError, ModelError
+from stamp_fast.data import cross_entropy
 from stamp_fast.report import StepCost, compare_forwards, compare_steps, layer_times, measure
 
 
@@ -118,11 +119,13 @@ def test_layers_add_up_to_the_step_however_slow_it_is(ticking, slowness, timed, 
         calls += 1
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    model = Block()
     with ticking(slowness):
-        cost = compare_steps([Block()], batch_of(), counted)[0]
+        cost = compare_steps([model], batch_of(), counted)[0]
     assert cost.milliseconds == pytest.approx(114 * slowness)
     assert sum(cost.layers.values()) == pytest.approx(cost.milliseconds)
     assert (cost.steps, calls) == (timed, runs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_forwards_are_in_eval_mode_without_gradients(ticking):
@@ -215,6 +218,19 @@ def test_custom_functions_belong_to_their_layer(ticking):
     model.act = Custom()
     with ticking():
         assert layer_times(model, batch_of())["act"] == pytest.approx(6)
+
+
+def test_what_is_done_with_a_gradient_belongs_to_its_layer(ticking):
+    """As where the optimizer steps amid the backward."""
+
+    def rectify(weight: Tensor) -> None:
+        weight.grad.relu_()
+
+    model = Block()
+    model.first.weight.register_post_accumulate_grad_hook(rectify)
+    with ticking():
+        layers = compare_steps([model], batch_of(), cross_entropy)[0].layers
+    assert layers["first"] == pytest.approx(31) and layers["(other)"] == pytest.approx(3)
 
 
 def test_a_layer_that_raises_is_left_behind(ticking):
