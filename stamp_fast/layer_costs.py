@@ -114,20 +114,21 @@ class LayerCosts:
     # --- whole networks -----------------------------------------------------------------------------------------------
     def measure(self, keep: torch.Tensor) -> dict[str, float]:
         """Costs of the whole network of these widths as fractions of the dense one's, measured in turns with it."""
-        found = {}
-        for unit in self.units:
-            key = unit, keep.numpy().tobytes()
-            if key not in self._measured:
-                self._measured[key] = self._in_turns(unit, keep)
-            mine, dense = self._measured[key]
-            found[unit] = mine / dense
-        return found
+        pairs = {unit: self.measured(unit, keep) for unit in self.units}
+        return {unit: mine / dense for unit, (dense, mine) in pairs.items()}
+
+    def measured(self, unit: str, keep: torch.Tensor) -> tuple[float, float]:
+        """The dense network's cost and that of these widths, measured in turns when first asked for."""
+        key = unit, keep.numpy().tobytes()
+        if key not in self._measured:
+            self._measured[key] = self._in_turns(unit, self.graph.all_kept(), keep)
+        return self._measured[key]
 
     def dense(self, unit: str) -> float:
         """Of the whole network, as last measured: milliseconds, or bytes."""
         if not any(name == unit for name, _ in self._measured):
             self.measure(self.graph.all_kept())
-        return [dense for (name, _), (_, dense) in self._measured.items() if name == unit][-1]
+        return [dense for (name, _), (dense, _) in self._measured.items() if name == unit][-1]
 
     def why(self, unit: str) -> str:
         """What a cost goes to that no cut can take away."""
@@ -153,8 +154,14 @@ class LayerCosts:
         calls = self.graph.recording.calls
         return [calls[call].module or "the model" for call, _, _ in self.graph._core.macs_terms]
 
-    def _in_turns(self, unit: str, keep: torch.Tensor) -> tuple[float, float]:
-        works = [self._work(unit, k) for k in (keep, self.graph.all_kept())]
+    def why_missed(self, unit: str, keep: torch.Tensor) -> str:
+        """Why this network costs another part of the dense one than was asked for."""
+        dense, mine = self.measured(unit, keep)
+        chosen = f"when it was chosen it was measured at {mine / dense:.3g} of the dense network's"
+        return f"{chosen} (what differs from that is how much times vary here); {self.why(unit)}"
+
+    def _in_turns(self, unit: str, *keeps: torch.Tensor) -> tuple[float, float]:
+        works = [self._work(unit, keep) for keep in keeps]
         if unit == "memory":
             return works[0].peak_bytes(), works[1].peak_bytes()
         for work in works:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..budget import Budget
+from ..budget import Budget, promised
 from ..data import Batches, LossFn, inputs_given
 from ..errors import ArgumentError, CompactionError, LoaderError
 from ..graph import ChannelGraph
@@ -88,6 +88,7 @@ def pruning_report(
         seconds: of every phase.
         backends: of every operator.
     """
+    promises = promised(budget, _by_unit(graph, kept, costs), lambda unit: graph.cost_table.why_missed(unit, kept))
     notes = list(costs.notes) if costs else ["the train step was not measured: the model cannot be copied"]
     before, after = costs.steps if costs else (None, None)
     if costs and after.milliseconds >= before.milliseconds:
@@ -123,7 +124,22 @@ def pruning_report(
         steps_per_epoch=batches.length(),
         model=type(graph.model).__name__,
         machine=_machine(graph.device),
+        promises=promises,
     )
+
+
+def _by_unit(graph: ChannelGraph, kept: torch.Tensor, costs: Measured | None) -> dict[str, tuple[float, float]]:
+    """What budgets are measured by: of the dense network and the pruned one."""
+    found: dict[str, tuple[float, float]] = {}
+    if graph.cost_table is not None:  # measured before the cut; what was measured after it counts more
+        found = {unit: graph.cost_table.measured(unit, kept) for unit in graph.cost_table.units}
+    if costs is not None:
+        before, after = costs.steps
+        found["train_step"] = before.milliseconds, after.milliseconds
+        found["memory"] = before.peak_bytes, after.peak_bytes
+        if costs.forward_ms is not None:
+            found["latency"] = costs.forward_ms[0], costs.forward_ms[1]
+    return found
 
 
 def _machine(device: torch.device) -> str:

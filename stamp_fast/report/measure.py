@@ -36,7 +36,7 @@ class StepCost:
 
     Attributes:
         milliseconds: median over `steps`.
-        peak_bytes: most that was allocated at a time during the step, beyond what was there before.
+        peak_bytes: most that was allocated at a time during the step; weights, gradients, momentum and the batch count.
         layers: milliseconds of every layer that ran, forward and backward, in the order of their forwards, then
             "(optimizer)" and "(other)", which is all between layers and the loss. Their sum is `milliseconds`.
         steps: how many were timed.
@@ -173,18 +173,20 @@ class _Step:
         return timeline.totals()
 
     def peak_bytes(self) -> int:
-        """Peak of what one step has allocated at a time, beyond what was there before it. Also warms up."""
+        """Peak of what is there at a time in one step, weights and batch too. Also warms up."""
+        given = [t for t in tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
+        stays = [*self.model.parameters(), *self.model.buffers(), *given]
+        always = sum(tensor.nbytes for tensor in stays)
         if self.device.type == "cuda":
-            self.run()
             before = torch.cuda.memory_allocated(self.device)
+            self.run()  # the momentum that it makes counts
             torch.cuda.reset_peak_memory_stats(self.device)
             self.run()
-            return torch.cuda.max_memory_allocated(self.device) - before
-        given = [t for t in tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
-        tracker = LiveBytes([*self.model.parameters(), *self.model.buffers(), *given])
+            return torch.cuda.max_memory_allocated(self.device) - before + always
+        tracker = LiveBytes(stays)
         with tracker:
             self.run()
-        return tracker.peak
+        return tracker.peak + always
 
 
 def _cost(whole: list[float], by_layer: list[dict[str, float]], peak: int) -> StepCost:

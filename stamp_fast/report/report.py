@@ -7,6 +7,7 @@ import json
 import os
 
 from .._files import real_path
+from ..budget import Promise
 from ..errors import ArgumentError
 from .page import page
 from .text import text
@@ -50,12 +51,13 @@ class PruneReport:
 
     Attributes:
         method: how channels were scored.
-        budget: what was asked, fraction of the dense network by name.
+        budget: what was asked by name: a fraction of the dense network, or an amount.
         macs_before, macs_after: multiply-accumulates of one example's forward.
         params_before, params_after: parameters.
         train_step_ms_before, train_step_ms_after: median of a training step (forward, backward, SGD), milliseconds;
             None where the model could not be copied.
-        peak_memory_before, peak_memory_after: peak bytes allocated during a training step; None likewise.
+        peak_memory_before, peak_memory_after: peak bytes of a training step: weights, gradients, momentum, activations
+            and the batch; None likewise.
         seconds: wall time of each phase of the prune.
         equality_error: largest difference between the smaller network and the masked dense one, relative, before
             statistics were recalibrated.
@@ -71,10 +73,12 @@ class PruneReport:
         steps_per_epoch: batches in a pass over the loader; None where it does not say.
         model: name of the network's class.
         machine: what the times depend on: device, threads, version of torch.
+        promises: of a budget that is measured what was asked, what was measured after the cut, and why it is off by
+            over 10 percent if it is.
     """
 
     method: str
-    budget: dict[str, float]
+    budget: dict[str, float | str]
     macs_before: int
     macs_after: int
     params_before: int
@@ -97,6 +101,7 @@ class PruneReport:
     steps_per_epoch: int | None = None
     model: str = ""
     machine: str = ""
+    promises: list[Promise] = dataclasses.field(default_factory=list)
 
     @property
     def prune_seconds(self) -> float:

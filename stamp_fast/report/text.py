@@ -43,7 +43,9 @@ def text(report: PruneReport) -> str:
 
 
 def _ledger(report: PruneReport) -> Table:
-    asked = ", ".join(f"{name}={fraction:g}" for name, fraction in report.budget.items())
+    asked = ", ".join(
+        f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in report.budget.items()
+    )
     table = _table(f"pruned by '{report.method}' for {asked}", "", "before", "after", "ratio")
     for row in ledger(report):
         table.add_row(*row)

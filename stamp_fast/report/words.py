@@ -7,10 +7,18 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from ..budget import Promise
     from .report import GroupVerdict, PruneReport
 
 NOT_MEASURED = "not measured"
-_QUANTITIES = {"macs": "MACs", "params": "parameters", "channels": "prunable channels"}
+_QUANTITIES = {
+    "macs": "MACs",
+    "params": "parameters",
+    "channels": "prunable channels",
+    "train_step": "training step",
+    "latency": "forward in eval mode",
+    "memory": "peak memory of a step",
+}
 _HARDLY = 1.05  # the same network measured twice differs by a few percent
 
 
@@ -25,7 +33,7 @@ class Row(NamedTuple):
 
 def headline(report: PruneReport) -> list[str]:
     """What was found, what was asked, and when it pays: sentences, the most important one first."""
-    return [_speed(report), _asked(report), _payback(report)]
+    return [_speed(report), _asked(report), *map(_promise, report.promises), _payback(report)]
 
 
 def _speed(report: PruneReport) -> str:
@@ -46,12 +54,28 @@ def _speed(report: PruneReport) -> str:
 
 
 def _asked(report: PruneReport) -> str:
-    asked = " and ".join(f"{percent(share)} of the {_QUANTITIES.get(n, n)}" for n, share in report.budget.items())
+    asked = " and ".join(asked_of(name, value) for name, value in report.budget.items())
     macs, params = report.macs_after / max(report.macs_before, 1), report.params_after / max(report.params_before, 1)
     return (
         f"Asked of method '{report.method}': {asked}. Left: {percent(macs)} of the MACs and {percent(params)} of the "
         "parameters, which are no measure of time."
     )
+
+
+def asked_of(name: str, value: float | str) -> str:
+    """One unit of a budget: "50% of the MACs", "a train step of 250 ms"."""
+    quantity = _QUANTITIES.get(name, name)
+    return f"{percent(value)} of the {quantity}" if not isinstance(value, str) else f"{value} for the {quantity}"
+
+
+def _promise(promise: Promise) -> str:
+    unit = " MB" if promise.unit == "memory" else " ms"
+    scale = 1e-6 if promise.unit == "memory" else 1.0
+    share = f"{figures(scale * promise.pruned)}{unit}, {percent(promise.pruned / promise.dense)} of the dense network's"
+    asked = f"{asked_of(promise.unit, promise.asked)} was asked and {share} is measured"
+    if promise.kept:
+        return f"Kept: {asked}."
+    return f"MISSED by {promise.missed_by:+.0%}: {asked}; {promise.why}."
 
 
 def _payback(report: PruneReport) -> str:
