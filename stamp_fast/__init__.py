@@ -17,9 +17,10 @@ from .errors import (
 )
 from .graph import ChannelGraph, Group, trace
 
-# These two share their names with the module and the package that they come from; the functions win.
+# Functions that share their names with the module or package that they come from win.
 from .prune import prune, report
 from .pruning_plan import PruningPlan, apply_plan, plan_of
+from .sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -50,5 +51,6 @@ __all__ = [
     "prune",
     "report",
     "save",
+    "sweep",
     "trace",
 ]

@@ -7,9 +7,10 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,7 +25,12 @@ from .graph._record import call_model, fresh
 from .graph._undisturbed import attributes_restored, uncompiled
 from .report.measure import LiveBytes
 
+if TYPE_CHECKING:
+    from .graph import ChannelGraph
+
 _CONTRACTIONS = {"convolution", "addmm", "mm", "bmm", "baddbmm"}
+_ROUNDS, _MOST_ROUNDS = 3, 25
+_SECONDS = 1.5  # of rounds beyond these
 _UNNUMBERED = 2**64 - 1  # what accumulates gradients has this number
 
 
@@ -106,6 +112,22 @@ class Work:
                 loss.backward()
         if self._optimizer is not None:
             self._optimizer.step()
+
+
+def in_turns(graph: ChannelGraph, keeps: list[torch.Tensor], batch: Any, loss_fn: LossFn | None) -> list[float]:
+    """Milliseconds of the networks' training steps, or forwards, timed in turns so that noise meets all alike.
+
+    Medians of at least three times, of more while that takes no more than a second and a half.
+    """
+    works = [Work(graph.plan(keep), batch, loss_fn) for keep in keeps]
+    for work in works:
+        work.seconds()
+    taken: list[list[float]] = [[] for _ in works]
+    begin = time.perf_counter()
+    while len(taken[0]) < _ROUNDS or (len(taken[0]) < _MOST_ROUNDS and time.perf_counter() - begin < _SECONDS):
+        for work, times in zip(works, taken, strict=True):
+            times.append(work.seconds())
+    return [1000 * statistics.median(times) for times in taken]
 
 
 @dataclasses.dataclass

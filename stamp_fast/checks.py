@@ -28,8 +28,8 @@ def check_arguments(
 ) -> None:
     if not isinstance(budget, Budget):
         raise ArgumentError(f"budget: expected a Budget, e.g. Budget(macs=0.5), got {budget!r}")
-    if not isinstance(method, str) or method not in methods:
-        raise ArgumentError(f"method: must be one of {', '.join(methods)}, got {method!r}")
+    if not callable(method) and (not isinstance(method, str) or method not in methods):
+        raise ArgumentError(f"method: must be one of {', '.join(methods)}, or a function, got {method!r}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ArgumentError(f"steps: must be a whole number, got {steps!r}")
     check_round_to(round_to)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ._phases import in_mode
 from .errors import ArgumentError, LoaderError, StampFastError
-from .graph._record import batch_size
+from .graph._record import batch_size, call_model
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -35,7 +35,7 @@ class Batches:
                 "pass a DataLoader, or a list of batches"
             ) from None
         self._loader = loader
-        self._device = device
+        self.device = device
         self._tail = iterator if iterator is loader else None  # a generator: what it has yielded is kept
         self._seen: list[Any] = []
         first = _next(iterator)
@@ -46,7 +46,7 @@ class Batches:
         self.first = self._moved(first)
 
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda v: v.to(self._device, copy=True) if isinstance(v, torch.Tensor) else v, batch)
+        return tree_map(lambda v: v.to(self.device, copy=True) if isinstance(v, torch.Tensor) else v, batch)
 
     def _one_pass(self) -> Iterator[Any]:
         if self._tail is None:
@@ -195,6 +195,24 @@ def logits_of(output: Any) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     return output
+
+
+def hits(network: nn.Module, batch: Any) -> tuple[float, int]:
+    """Correct answers in a batch of (inputs, class indices), and how many there could be.
+
+    Raises:
+        ArgumentError: another batch; it takes a `metric`.
+    """
+    inputs, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        raise ArgumentError("metric: the default is for batches of (inputs, class indices); pass metric=")
+    classes = logits_of(call_model(network, inputs)).argmax(1)
+    if classes.shape != labels.shape:
+        raise ArgumentError(
+            f"metric: the network's classes {tuple(classes.shape)} and the labels {tuple(labels.shape)} differ in "
+            "shape; pass metric="
+        )
+    return (classes == labels).sum().item(), labels.numel()
 
 
 def guarded(loss_fn: LossFn) -> LossFn:

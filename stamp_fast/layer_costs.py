@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import torch
 from . import config
 from ._files import JsonLines
 from ._processes import Processes
-from ._work import Operator, Recorded, Work
+from ._work import Operator, Recorded, Work, in_turns
 from .budget import MEASURED, Budget, RoundTo, steps_of
 from .cost_table import machine_of, sizes_of, wait
 from .data import LossFn, cross_entropy, inputs_of
@@ -32,8 +31,6 @@ _PENALTY = 0.1  # a width of less than a multiple that costs no more than this f
 _RECORDINGS = 2  # of every level
 _PROBES = 4  # times that a width is measured for `_multiple`
 _MOST_PROBED = 128
-_ROUNDS, _MOST_ROUNDS = 3, 25
-_SECONDS = 1.5  # of rounds beyond these
 
 
 class LayerCosts:
@@ -161,17 +158,12 @@ class LayerCosts:
         return f"{chosen} (what differs from that is how much times vary here); {self.why(unit)}"
 
     def _in_turns(self, unit: str, *keeps: torch.Tensor) -> tuple[float, float]:
-        works = [self._work(unit, keep) for keep in keeps]
         if unit == "memory":
-            return works[0].peak_bytes(), works[1].peak_bytes()
-        for work in works:
-            work.seconds()
-        taken: list[list[float]] = [[], []]
-        begin = time.perf_counter()
-        while len(taken[0]) < _ROUNDS or (len(taken[0]) < _MOST_ROUNDS and time.perf_counter() - begin < _SECONDS):
-            for work, times in zip(works, taken, strict=True):
-                times.append(work.seconds())
-        return 1000 * statistics.median(taken[0]), 1000 * statistics.median(taken[1])
+            dense, mine = (self._work(unit, keep).peak_bytes() for keep in keeps)
+        else:
+            batch, loss_fn = (self._inputs, None) if unit == "latency" else (self._batch, self._loss_fn)
+            dense, mine = in_turns(self.graph, list(keeps), batch, loss_fn)
+        return dense, mine
 
     def _work(self, unit: str, keep: torch.Tensor) -> Work:
         if unit == "latency":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from .graph._optimizers import Optimizers, state_by_parameter
 from .graph._snapshot import Snapshot
 from .graph._undisturbed import attributes_restored, uncompiled
 from .layer_costs import check_faster, priced
-from .methods import METHODS, Request
+from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
 from .report import PruneReport, copy_of, measured, pruning_report, verdicts
 from .stamp import MaskGenerator, Settings
@@ -39,7 +39,7 @@ def prune(
     loader: Iterable[Any],
     *,
     budget: Budget = Budget(macs=0.5),  # noqa: B008  (frozen)
-    method: str = "stamp",
+    method: str | Callable[[Request], Ranking] = "stamp",
     generator: MaskGenerator | str | PathLike | None = None,
     steps: int = 20,
     loss_fn: LossFn | None = None,
@@ -63,7 +63,7 @@ def prune(
             too ("250 ms", "4 GiB"), the network's layers are measured at a few widths first; what was measured is kept
             for the next time (`config.costs_file`).
         method: "stamp" (the head is fitted, then the gates and the weights that stay are adapted), "taylor",
-            "magnitude", "bn_scale", "random".
+            "magnitude", "bn_scale", "random"; or one's own, as those in `stamp_fast.methods`.
         generator: for method "stamp", meta-learned for this network by `stamp.meta_train`, or the file it was saved to.
         steps: batches that method "stamp" adapts the weights on, and the gates on the first quarter of them (on all,
             with a generator for structure alone); with a generator 0 will do, too.
@@ -156,7 +156,7 @@ def prune(
                     choose=lambda ranked: chosen(graph, ranked, budget, round_to, strict),
                     on_step=phases.advance,
                 )
-                ranked = METHODS[method](request)
+                ranked = (METHODS[method] if isinstance(method, str) else method)(request)
             with in_mode(network, training=False):
                 examples = some_examples(inputs, 8) if verify else None
                 folds = sample[0] if reconstruction and not ranked.folded else None
@@ -175,7 +175,16 @@ def prune(
         raise
     groups = verdicts(graph, kept, round_to, ranked.floor)
     _reports[network] = pruning_report(
-        graph, kept, groups, method, asked, batches, costs, verified, phases.seconds, backends
+        graph,
+        kept,
+        groups,
+        method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__),
+        asked,
+        batches,
+        costs,
+        verified,
+        phases.seconds,
+        backends,
     )
     return model
 

@@ -6,7 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import stamp_fast
-from stamp_fast import ArgumentError, Budget, BudgetError, CheckpointError, LoaderError, layer_costs, prune, trace
+from stamp_fast import (
+    ArgumentError,
+    Budget,
+    BudgetError,
+    CheckpointError,
+    LoaderError,
+    _work,
+    layer_costs,
+    prune,
+    trace,
+)
 from stamp_fast._work import Work
 from stamp_fast.budget import meet, steps_of
 from stamp_fast.data import cross_entropy
@@ -73,7 +83,7 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(Work, "recorded", recorded)
     monkeypatch.setattr(Work, "seconds", seconds)
-    monkeypatch.setattr(layer_costs, "_SECONDS", 0.0)
+    monkeypatch.setattr(_work, "_SECONDS", 0.0)
     monkeypatch.setattr(layer_costs, "_multiple", lambda records, device: 1)
     monkeypatch.setenv("STAMP_FAST_CACHE", "")
     return settings

@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 from .._phases import in_mode
 from .._processes import Processes
 from .._run import Run
-from ..data import Batches, LossFn, cross_entropy, guarded, logits_of
+from ..data import Batches, LossFn, cross_entropy, guarded, hits
 from ..errors import ArgumentError, LoaderError
 from ..graph._plan import Plan, swapped
-from ..graph._record import call_model
 from ..graph.graph import Slot
 from ..ops import convolutions
 from ..recalibrate import recalibrate
@@ -348,24 +347,6 @@ class _Together:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 distributed.all_reduce(grad)
                 parameter.grad = grad / self.processes.count
-
-
-def hits(network: nn.Module, batch: Any) -> tuple[float, int]:
-    """Correct answers in a batch of (inputs, class indices), and how many there could be.
-
-    Raises:
-        ArgumentError: another batch; it takes a `metric`.
-    """
-    inputs, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        raise ArgumentError("metric: the default is for batches of (inputs, class indices); pass metric=")
-    classes = logits_of(call_model(network, inputs)).argmax(1)
-    if classes.shape != labels.shape:
-        raise ArgumentError(
-            f"metric: the network's classes {tuple(classes.shape)} and the labels {tuple(labels.shape)} differ in "
-            "shape; pass metric="
-        )
-    return (classes == labels).sum().item(), labels.numel()
 
 
 def _on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:

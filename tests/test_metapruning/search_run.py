@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_pruning_net import data, net_of  # noqa: E402
 
 from stamp_fast import Budget  # noqa: E402
+from stamp_fast.data import hits  # noqa: E402
 from stamp_fast.metapruning import PruningNet, search  # noqa: E402
-from stamp_fast.metapruning.pruning_net import hits  # noqa: E402
 
 
 def metric(network, batch):
