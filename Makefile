@@ -100,7 +100,11 @@ bench-metapruning: build
 	$(BIN)/python -m benchmarks.metapruning $(ARGS)
 	$(BIN)/python -m benchmarks.metapruning --table
 
-bench-all: bench bench-time_to_accuracy bench-ablation bench-early bench-metapruning zoo
+bench-budgets: build
+	$(BIN)/python -m benchmarks.budgets $(ARGS)
+	$(BIN)/python -m benchmarks.budgets --table
+
+bench-all: bench bench-budgets bench-time_to_accuracy bench-ablation bench-early bench-metapruning zoo
 
 # An hour or more; goes on where it was interrupted with ARGS="--resume".
 zoo: build

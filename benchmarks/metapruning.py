@@ -251,8 +251,8 @@ def render(machine: dict[str, Any], found: list[dict[str, Any]]) -> str:
     lines = [
         "# MetaPruning",
         f"Fashion-MNIST. PruningNet: {_EPOCHS * _STEPS:,} steps of batch {_BATCH}; search: {_EVALUATIONS:,} genomes, "
-        "each scored on {_SCORED:,} held-out images after its batch norms saw 512 others; all arms retrained from scratch "
-        f"for {_RETRAINING} steps. `python -m benchmarks.metapruning` made the rows.",
+        f"each scored on {_SCORED:,} held-out images after its batch norms saw 512 others; all arms retrained from "
+        f"scratch for {_RETRAINING} steps. `python -m benchmarks.metapruning` made the rows.",
         f"Machine: {machine['cpu']} ({machine['capability']}), {machine['threads']} of {machine['cores']} cores for "
         f"each process, torch {machine['torch']}. Accuracy in percent on {_TEST_IMAGES:,} test images, ± standard "
         "deviation over the seeds. Latency: of a forward, measured, as a fraction of the widest network's, beside the "

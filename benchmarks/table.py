@@ -56,6 +56,11 @@ _PAGES = (
     ("time_to_accuracy.md", "Accuracy against seconds, pruned in every way that people know", "bench-time_to_accuracy"),
     ("ablation.md", "What STAMP's parts are worth", "bench-ablation"),
     ("early.md", "Pruning while training, beside pruning at the start and half way", "bench-early"),
+    (
+        "budget_promises.md",
+        "Budgets in time and memory: promised and measured, and accuracy at equal time",
+        "bench-budgets",
+    ),
     ("metapruning.md", "Searched widths against uniform, random and ranked ones", "bench-metapruning"),
     ("zoo.md", "Every network of torchvision and 244 of timm: right or wrong, and structural time", "zoo"),
 )

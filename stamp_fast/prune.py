@@ -168,7 +168,7 @@ def prune(
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
-                costs = measured(dense, network, batches.first, loss_fn)
+                costs = measured(dense, network, batches.first, loss_fn, at_length=bool(asked.measured()))
             backends = dict(ran)
     except BaseException:
         before.restore()

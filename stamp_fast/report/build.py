@@ -16,6 +16,7 @@ from ..verify import Verification
 from .measure import StepCost, compare_forwards, compare_steps, copy_of
 from .report import GroupVerdict, PruneReport
 
+_AT_LENGTH = 4.0  # seconds
 _ONCE = (
     "each network's training step was timed once only, for it is slow: a repetition would differ by some percent, and "
     "single layers by more"
@@ -37,8 +38,13 @@ class Measured:
     notes: list[str]
 
 
-def measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn) -> Measured | None:
+def measured(
+    dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn, at_length: bool = False
+) -> Measured | None:
     """Measures the dense network, which is used up, beside a copy of the pruned one.
+
+    Args:
+        at_length: for some seconds, since a promise hangs on it.
 
     Returns:
         None where there is no dense one, since the model cannot be copied.
@@ -51,7 +57,7 @@ def measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: L
         return None
     models = [dense, copy_of(network)]
     try:
-        steps = compare_steps(models, batch, loss_fn)
+        steps = compare_steps(models, batch, loss_fn, *[_AT_LENGTH] * at_length)
     except LoaderError as error:
         compare_steps([dense], batch, loss_fn, seconds=0)  # raises where the batch is at fault
         raise CompactionError(
@@ -60,7 +66,8 @@ def measured(dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: L
             "add the layer of that width to keep=."
         ) from error
     try:
-        return Measured(steps, compare_forwards(models, inputs_given(dense, loss_fn, batch)), [])
+        inputs = inputs_given(dense, loss_fn, batch)
+        return Measured(steps, compare_forwards(models, inputs, *[_AT_LENGTH / 2] * at_length), [])
     except ArgumentError as error:
         why = str(error)
     except Exception as error:  # in eval mode the model may want other inputs than its loss gives it
