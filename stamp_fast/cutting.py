@@ -73,7 +73,7 @@ def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: Roun
 
     if not budget.measured():
         return choose(budget)
-    key = ranked.scores.numpy().tobytes(), tuple(group.reason for group in graph.groups)
+    key = ranked.scores.numpy().tobytes(), str(options), tuple(group.reason for group in graph.groups)
     return meet(graph, budget, choose, key)
 
 

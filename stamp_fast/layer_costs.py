@@ -109,10 +109,10 @@ class LayerCosts:
         return self._curves[unit].dense * float(self.soft(unit)(keep))
 
     # --- whole networks -----------------------------------------------------------------------------------------------
-    def measure(self, keep: torch.Tensor) -> dict[str, float]:
-        """Costs of the whole network of these widths as fractions of the dense one's, measured in turns with it."""
-        pairs = {unit: self.measured(unit, keep) for unit in self.units}
-        return {unit: mine / dense for unit, (dense, mine) in pairs.items()}
+    def share(self, unit: str, keep: torch.Tensor) -> float:
+        """Cost of the whole network of these widths as a fraction of the dense one's, measured in turns with it."""
+        dense, mine = self.measured(unit, keep)
+        return mine / dense
 
     def measured(self, unit: str, keep: torch.Tensor) -> tuple[float, float]:
         """The dense network's cost and that of these widths, measured in turns when first asked for."""
@@ -124,7 +124,7 @@ class LayerCosts:
     def dense(self, unit: str) -> float:
         """Of the whole network, as last measured: milliseconds, or bytes."""
         if not any(name == unit for name, _ in self._measured):
-            self.measure(self.graph.all_kept())
+            self.measured(unit, self.graph.all_kept())
         return [dense for (name, _), (dense, _) in self._measured.items() if name == unit][-1]
 
     def why(self, unit: str) -> str:
@@ -238,8 +238,10 @@ def priced(
     Raises:
         BudgetError: the dense network is within an amount as it is.
     """
-    path = config.costs_file()
-    graph.cost_table = LayerCosts(graph, batch, loss_fn, inputs=inputs, units=budget.measured(), path=path)
+    units = budget.measured()
+    if not isinstance(graph.cost_table, LayerCosts) or {*units} - {*graph.cost_table.units}:
+        path = config.costs_file()
+        graph.cost_table = LayerCosts(graph, batch, loss_fn, inputs=inputs, units=units, path=path)
     return budget.in_fractions(graph.cost_table.dense), round_to or steps_of(graph, graph.cost_table.multiple)
 
 
@@ -249,7 +251,7 @@ def check_faster(graph: ChannelGraph, keep: torch.Tensor, budget: Budget) -> Non
         BudgetError: time was asked for, and the smaller network takes no less of it.
     """
     for unit in budget.measured():
-        share = graph.cost_table.measure(keep)[unit]
+        share = graph.cost_table.share(unit, keep)
         if unit != "memory" and share >= 1:
             raise BudgetError(
                 f"Budget({unit}=): the smaller network would not be faster: it takes {share:.2f} times as long as the "

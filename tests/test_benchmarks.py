@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import accuracy_table, data, early, gpu_suite, metapruning, table
+from benchmarks import accuracy_table, budgets, data, early, gpu_suite, metapruning, table
 from benchmarks.time_to_accuracy import ARMS, MARKS, Task
 
 
@@ -295,3 +295,28 @@ def test_the_page_of_benchmarks_is_that_of_the_results():
     written = (root / "docs" / "benchmarks.md").read_text()
     made, kept = (text.partition("\n## ")[2] for text in (table.page(paths, root), written))
     assert made and made == kept, "make bench writes the page"
+
+
+def test_the_page_of_promises_prints_what_was_missed():
+    def promise(unit: str, measured: float) -> dict:
+        costs = {"train_step": 0.45, "macs": 0.3, "params": 0.2, "seconds": 12.0}
+        known = {"kind": "promise", "network": "ResNet-18", "dtype": "float32", "unit": unit, "asked": 0.5}
+        return {**known, "measured": measured, **costs}
+
+    def accuracy(arm: str, value: float, seed: int) -> dict:
+        known = {"kind": "accuracy", "arm": arm, "network": "vgg", "ask": 0.4, "seed": seed}
+        return {**known, "accuracy": value, "train_step": 0.41, "macs": 0.25}
+
+    found = [promise("train_step", 0.54), promise("memory", 0.6)]
+    for seed in range(2):
+        found += [accuracy("Budget(train_step)", 0.8, seed), accuracy("Budget(macs)", 0.81, seed)]
+        found.append(accuracy("Torch-Pruning, round_to=8", 0.7 + 0.02 * seed, seed))
+    page = budgets.render(MACHINE, found)
+    assert "Within 10 percent: 1 of 2." in page
+    kept, missed = (
+        next(line for line in page.splitlines() if unit in line) for unit in ("train_step=0.5", "memory=0.5")
+    )
+    assert "+8%" in kept and "yes" in kept and "2.22x faster" in kept
+    assert "+20%" in missed and "**no**" in missed
+    assert "- **missed**: -1.00 points from Budget(macs)" in page
+    assert "- met: +9.00 points from Torch-Pruning, round_to=8" in page

@@ -158,6 +158,7 @@ def test_what_was_answered_once_is_answered_the_same(machine):
     first = meet(graph, budget, lambda b: graph.select(scores, b), "a")
     assert meet(graph, budget, lambda b: graph.all_kept(), "a").equal(first)
     assert meet(graph, budget, lambda b: graph.all_kept(), "b").all()
+    assert meet(graph, Budget(train_step=0.6), lambda b: graph.all_kept(), "a").all()
 
 
 @pytest.mark.parametrize("method", ["taylor", "stamp"])
@@ -217,7 +218,9 @@ def test_the_network_is_left_as_it_was():
     model.a.weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random, objects = torch.get_rng_state(), dict(model.named_parameters())
-    LayerCosts(graph, BATCH).measure(uniform(graph, 0.5))
+    costs = LayerCosts(graph, BATCH)
+    for unit in costs.units:
+        assert costs.share(unit, uniform(graph, 0.5)) > 0 and costs.dense(unit) > 0
     assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
     assert random.equal(torch.get_rng_state())
     assert dict(model.named_parameters()) == objects and not model.a.weight.requires_grad
@@ -298,8 +301,8 @@ def test_several_units_hold_at_once(machine):
     graph.cost_table = LayerCosts(graph, BATCH, units=("train_step", "memory"))
     budget, scores = Budget(train_step=0.5, memory=0.9, macs=0.9), torch.rand(graph.num_classes)
     keep = meet(graph, budget, lambda b: graph.select(scores, b), 0)
-    found = graph.cost_table.measure(keep)
-    assert found["train_step"] == pytest.approx(0.5, rel=0.05) and found["memory"] <= 0.95
+    assert graph.cost_table.share("train_step", keep) == pytest.approx(0.5, rel=0.05)
+    assert graph.cost_table.share("memory", keep) <= 0.95
     tight = Budget(train_step=0.9, macs=0.2)
     keep = meet(graph, tight, lambda b: graph.select(scores, b), 1)
     assert graph.macs(keep) / graph.macs() == pytest.approx(0.2, rel=0.02)  # the time of that is less than was asked

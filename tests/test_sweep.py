@@ -83,6 +83,12 @@ def test_a_budget_that_cannot_be_met_is_a_point_too():
         found.pick(1)
 
 
+def test_measured_budgets_of_one_sweep_are_met_each_for_itself():
+    found = sweep(network(), LOADER, [Budget(memory=0.8), Budget(memory=0.6)], progress=False)
+    wide, narrow = (int(point.keep.sum()) for point in found.points[1:])
+    assert narrow < wide < found.points[0].keep.numel()
+
+
 def test_a_metric_of_ones_own():
     def minus_the_loss(model, batch):
         assert not model.training

@@ -50,7 +50,7 @@ def meet(graph: ChannelGraph, budget: Budget, choose: Callable[[Budget], torch.T
     Args:
         budget: in fractions.
         choose: selects by costs that `graph.cost_table` predicts: bool, [num_classes].
-        key: of what `choose` goes by: the same is answered the same.
+        key: of what `choose` goes by besides the budget: the same is answered the same.
 
     Returns:
         Of the networks that were measured the one that is closest to the budget.
@@ -59,9 +59,9 @@ def meet(graph: ChannelGraph, budget: Budget, choose: Callable[[Budget], torch.T
         BudgetError: out of reach.
     """
     met = graph.cost_table.met
-    if key not in met:
-        met[key] = _meet(graph, budget, choose)
-    return met[key]
+    if (budget, key) not in met:
+        met[budget, key] = _meet(graph, budget, choose)
+    return met[budget, key]
 
 
 def _meet(graph: ChannelGraph, budget: Budget, choose: Callable[[Budget], torch.Tensor]) -> torch.Tensor:
@@ -77,8 +77,7 @@ def _meet(graph: ChannelGraph, budget: Budget, choose: Callable[[Budget], torch.
             if below is None and above is None:
                 raise
             break  # by prediction there is nothing narrower
-        costs = graph.cost_table.measure(keep)
-        used = math.log(max(costs[unit] / asked[unit] for unit in units))
+        used = math.log(max(graph.cost_table.share(unit, keep) / asked[unit] for unit in units))
         if used < 0 and others and Budget(**others).used(graph, keep) > 1 - _CLOSE:
             return keep  # another unit holds it there
         if abs(used) < closest:
