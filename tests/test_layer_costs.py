@@ -334,3 +334,23 @@ def test_a_budget_without_costs_says_what_is_missing():
     with pytest.raises(ArgumentError, match="an early cut has no measured costs"):
         optimizer = torch.optim.SGD(graph.model.parameters(), 0.1)
         stamp_fast.early.EarlyPruner(graph.model, optimizer, BATCH[0], budget=Budget(train_step=0.5))
+
+
+@pytest.mark.parametrize("unit", ["train_step", "memory"])
+def test_expected_costs_grow_with_every_probability(machine, unit):
+    graph = graph_of()
+    costs = LayerCosts(graph, BATCH, units=(unit,))
+    assert float(costs.soft(unit)(torch.ones(graph.num_classes))) == pytest.approx(1.0)
+    p = torch.full((graph.num_classes,), 0.6, requires_grad=True)
+    cost = costs.soft(unit)(p)
+    cost.backward()
+    assert 0 < cost.item() < 1 and bool((p.grad > 0).all())
+    keep = uniform(graph, 0.5)
+    assert float(costs.soft(unit)(keep.float())) == pytest.approx(
+        getattr(costs, unit)(keep) / getattr(graph_with(costs), unit)()
+    )
+
+
+def graph_with(costs: LayerCosts) -> ChannelGraph:
+    costs.graph.cost_table = costs
+    return costs.graph
