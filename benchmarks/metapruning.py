@@ -11,6 +11,7 @@ which 5,000 are held out for the scores; accuracies are of test images.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import os
@@ -120,7 +121,17 @@ Arm = Callable[[PruningNet, Budget, str], torch.Tensor]
 
 
 def uniform(net: PruningNet, budget: Budget, network: str) -> torch.Tensor:
-    return net.space.uniform(budget).keep
+    """The same share of every group, any share: those of the genes lie too far apart for networks of equal size."""
+    graph = net.space.graph
+
+    def at(share: int) -> torch.Tensor:
+        keep = graph.all_kept()
+        for group in graph.prunable:
+            left = max(1, round(share / 1000 * group.num_classes))
+            keep[group.classes.start + left : group.classes.stop] = False
+        return keep
+
+    return at(bisect.bisect_right(range(1, 1001), 1.0, key=lambda share: budget.used(graph, at(share))))
 
 
 def searched(net: PruningNet, budget: Budget, network: str, **options: Any) -> torch.Tensor:
