@@ -7,76 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from stamp_fast import Budget, ChannelGraph, importance, trace
+from stamp_fast import ChannelGraph, trace
 from stamp_fast.graph._verify import difference, masked_output
 
 from .networks import cifar_resnet18, randomise, widths_of
+from .steps import BATCH, BFLOAT16, FLOAT32, Precision, batch_for, choose, train_step
 from .timing import Contestant, Ratio, in_turns
 
-BATCH = 64
 TOLERANCE = 1e-5
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    name: str
-    autocast: bool
-    layout: torch.memory_format
-    virtual_at_most: float  # times the step of the network built by hand
-
-    def ratios(self) -> list[Ratio]:
-        return [
-            Ratio("dense", "virtual", at_least=3.0),
-            Ratio("dense", "compacted", at_least=3.0),
-            Ratio("virtual", "by hand", at_most=self.virtual_at_most),
-            Ratio("compacted", "by hand", at_most=1.03),
-            # The same network twice: how far from 1 the machine's noise alone goes.
-            Ratio("by hand, again", "by hand"),
-        ]
+VIRTUAL_AT_MOST = {FLOAT32: 1.1, BFLOAT16: 1.2}  # times the step of the network built by hand
 
 
-FLOAT32 = Precision("float32", False, torch.contiguous_format, 1.1)
-BFLOAT16 = Precision("bfloat16 autocast, channels_last", True, torch.channels_last, 1.2)
-
-
-def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def _choose(method: str, graph: ChannelGraph, batch: Batch) -> torch.Tensor:
-    if method == "magnitude":  # half of every layer, which is a quarter of the MACs
-        return graph.select(importance.magnitude(graph, p=2), Budget(channels=0.5), ranking="local")
-    scores = importance.taylor(graph, [batch], _loss)  # widths of all kinds
-    return graph.select(scores, Budget(macs=0.25), ranking="global", floor=0.1)
-
-
-def _step(
-    model: nn.Module, batch: Batch, autocast: bool, around: Callable[[], AbstractContextManager]
-) -> Callable[[], float]:
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with around():
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = _loss(model, batch)
-            loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
+def _ratios(precision: Precision) -> list[Ratio]:
+    return [
+        Ratio("dense", "virtual", at_least=3.0),
+        Ratio("dense", "compacted", at_least=3.0),
+        Ratio("virtual", "by hand", at_most=VIRTUAL_AT_MOST[precision]),
+        Ratio("compacted", "by hand", at_most=1.03),
+        # The same network twice: how far from 1 the machine's noise alone goes.
+        Ratio("by hand, again", "by hand"),
+    ]
 
 
 @torch.no_grad()
@@ -101,12 +57,11 @@ def _check_outputs(dense: nn.Module, graph: ChannelGraph, keep: torch.Tensor, sm
 )
 def test_train_step(measure: Callable[..., None], method: str, precision: Precision) -> None:
     torch.manual_seed(0)
-    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=precision.layout)
-    batch = images, torch.randint(10, (BATCH,))
+    batch = batch_for(precision)
     dense = randomise(cifar_resnet18()).to(memory_format=precision.layout)
     virtual, compacted = copy.deepcopy(dense), copy.deepcopy(dense)
     graph = trace(virtual, batch[0])
-    keep = _choose(method, graph, batch)
+    keep = choose(method, graph, batch)
     trace(compacted, batch[0]).compact(keep)
     widths = widths_of(compacted)
     by_hand, again = (cifar_resnet18(**widths).to(memory_format=precision.layout) for _ in range(2))
@@ -123,7 +78,9 @@ def test_train_step(measure: Callable[..., None], method: str, precision: Precis
         "by hand": (by_hand, plain),
         "by hand, again": (again, plain),
     }
-    steps = {name: _step(model, batch, precision.autocast, around) for name, (model, around) in contestants.items()}
+    steps = {
+        name: train_step(model, batch, precision.autocast, around) for name, (model, around) in contestants.items()
+    }
     # Two steps each: the second loss depends on the gradients of the first.
     losses = {name: [step(), step()] for name, step in steps.items()}
     for name in ("virtual", "compacted", "by hand, again"):
@@ -134,7 +91,7 @@ def test_train_step(measure: Callable[..., None], method: str, precision: Precis
         f"CIFAR ResNet-18, {method}, {precision.name}",
         in_turns({name: Contestant(step) for name, step in steps.items()}),
         rounds=20,
-        ratios=precision.ratios(),
+        ratios=_ratios(precision),
         widths=widths,
         macs=macs,
         equality_error=error,
