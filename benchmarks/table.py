@@ -21,7 +21,8 @@ from .timing import Ratio, Spread, ratio_of, spread
 __all__ = ["digits", "markdown_table", "page", "render", "render_file"]
 
 _RESULTS = Path(__file__).parent / "results"
-_PEERS = ("Torch-Pruning", "PyTorch")  # what is slower than ours, one hopes
+# What is slower than ours, one hopes.
+_PEERS = ("dense", "dense, compiled", "Torch-Pruning", "Torch-Pruning, compiled", "PyTorch")
 
 # By suite: title and what is measured; in the order of the page.
 _SUBJECTS = {
@@ -37,6 +38,15 @@ _SUBJECTS = {
         "compacted (`graph.masked`): it pays for packing its weights in every step, and for an optimizer that goes "
         "over all dense parameters. `compacted` is cut for good. `by hand` was written with the same widths; `by hand, "
         "again` is that network twice, and says how far noise alone goes.",
+    ),
+    "baselines": (
+        "Train step beside the usual ways",
+        "The same step beside what one would try first, side by side in one run. `torch.nn.utils.prune` masks the same "
+        "channels: filters, and scale and bias of the batch norms after them. `Torch-Pruning` cuts to the same MACs, "
+        "with scores of the same kind and widths rounded alike. `compiled` is `torch.compile` (inductor, the whole "
+        "network or nothing) of the network alone; compiling counts in the first step, which is not timed with the "
+        "others. How many times fewer MACs a network has is printed beside how many times shorter its step is, for "
+        "the two are not the same.",
     ),
     "kernels": (
         "Kernels",
@@ -70,7 +80,7 @@ def render(measured: Iterable[dict[str, Any]]) -> str:
     """Markdown of what the `measure` fixture has kept: per suite a table of times and one of ratios."""
     parts = []
     for name, entries in _by_suite(measured).items():
-        parts += [f"### {_title(name)}", _tables(entries), _notes(entries)]
+        parts += [f"### {_title(name)}", _tables(entries), _verdict(entries), _notes(entries)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -147,18 +157,47 @@ def _origin(content: dict[str, Any]) -> str:
 
 
 def _tables(entries: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(column for entry in entries for column in entry["samples"]))
-    rounds = sorted({len(values) for entry in entries for values in entry["samples"].values()})
-    times = [[entry["case"], *(_milliseconds(entry["samples"].get(c)) for c in columns)] for entry in entries]
-    parts = [markdown_table([f"median ms of {' or '.join(map(str, rounds))} rounds", *columns], times)]
-    named = list(dict.fromkeys(_name(ratio) for entry in entries for ratio in _ratios(entry)))
+    """Times and ratios, a row for each case; entries that name what all is held `against` get a table of their own, a
+    row for each contestant, and here only the ratios that are left.
+    """
+    parts = [_by_contestant(entry) for entry in entries if entry.get("against")]
+    in_rows = [entry for entry in entries if not entry.get("against")]
+    if in_rows:
+        parts.append(_times(in_rows))
+    left = {entry["case"]: [r for r in _ratios(entry) if r.top not in entry.get("against", ())] for entry in entries}
+    named = list(dict.fromkeys(_name(ratio) for ratios in left.values() for ratio in ratios))
     if named:
         rows = []
         for entry in entries:
-            cells = {_name(ratio): _ratio_cell(entry["samples"], ratio) for ratio in _ratios(entry)}
+            cells = {_name(ratio): _ratio_cell(entry["samples"], ratio) for ratio in left[entry["case"]]}
             rows.append([entry["case"], *(cells.get(name, "") for name in named)])
         parts.append(markdown_table(["ratio of times", *named], rows))
     return "\n\n".join(parts)
+
+
+def _by_contestant(entry: dict[str, Any]) -> str:
+    """Contestants as rows, under the case's name: times, ratios of times, and the columns that the entry brings."""
+    cells = {(ratio.top, ratio.bottom): _ratio_cell(entry["samples"], ratio) for ratio in _ratios(entry)}
+    columns = entry.get("columns", {})
+    rows = [
+        [
+            name,
+            _milliseconds(samples),
+            *(cells.get((top, name), "") for top in entry["against"]),
+            *(digits(values[name]) if name in values else "" for values in columns.values()),
+        ]
+        for name, samples in entry["samples"].items()
+    ]
+    rounds = max(map(len, entry["samples"].values()))
+    header = [f"median ms of {rounds} rounds", *(f"times, {top} / this" for top in entry["against"]), *columns]
+    return f"**{entry['case']}**\n\n{markdown_table(['', *header], rows)}"
+
+
+def _times(entries: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for entry in entries for column in entry["samples"]))
+    rounds = sorted({len(values) for entry in entries for values in entry["samples"].values()})
+    times = [[entry["case"], *(_milliseconds(entry["samples"].get(c)) for c in columns)] for entry in entries]
+    return markdown_table([f"median ms of {' or '.join(map(str, rounds))} rounds", *columns], times)
 
 
 def _notes(entries: list[dict[str, Any]]) -> str:
