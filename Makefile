@@ -71,7 +71,7 @@ fuzz: build
 
 # Timed suites: a process and a result file each, then all tables and docs/benchmarks.md. One alone:
 # make bench-train_step. For a quick look ARGS="--rounds 2"
-SUITES := structural train_step kernels phases
+SUITES := structural train_step baselines kernels phases
 bench: CHOSEN := $(SUITES)
 $(SUITES:%=bench-%): CHOSEN = $(@:bench-%=%)
 

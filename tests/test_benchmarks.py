@@ -1,6 +1,8 @@
 """What the accuracy experiments read and write; the experiments themselves are run by their own commands."""
 
+import copy
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import accuracy_table, budgets, data, early, gpu_suite, metapruning, table
+from benchmarks import accuracy_table, budgets, data, early, gpu_suite, metapruning, table, test_baselines
+from benchmarks.networks import cifar_resnet18, randomise, widths_of
+from benchmarks.steps import FLOAT32, choose, train_step
 from benchmarks.time_to_accuracy import ARMS, MARKS, Task
+from stamp_fast import trace
 
 
 def row(arm: str, macs: float, seed: int, accuracy: float, seconds: float, pruning: float = 0.0) -> dict:
@@ -230,9 +235,11 @@ def test_the_page_of_searches_prints_wins_and_losses():
     assert "predicted +20% off" in lost
 
 
-def timed(suite: str, case: str, samples: dict[str, list[float]], ratios: list[dict], note: str = "") -> dict:
+def timed(
+    suite: str, case: str, samples: dict[str, list[float]], ratios: list[dict], note: str = "", **more: object
+) -> dict:
     bounds = {"at_least": None, "at_most": None}
-    info = {"suite": suite, "case": case, "samples": samples, "ratios": [bounds | ratio for ratio in ratios]}
+    info = {"suite": suite, "case": case, "samples": samples, "ratios": [bounds | ratio for ratio in ratios], **more}
     return {"extra_info": info | ({"note": note} if note else {})}
 
 
@@ -277,6 +284,86 @@ def test_the_page_of_benchmarks(results):
     assert "- a: 0.25 of the MACs" in page and "speed" not in page
     assert "](early.md) | `make bench-early`" in page  # which is there, and the other is not
     assert "(no page yet) | `make bench-metapruning`" in page and "](metapruning.md)" not in page
+
+
+def beside_the_usual(case: str, seconds: dict[str, float], **more: object) -> dict:
+    """An entry of the suite of baselines."""
+    entry = timed(
+        "baselines",
+        case,
+        {name: [value, value] for name, value in seconds.items()},
+        [dataclasses.asdict(ratio) for ratio in test_baselines.ratios_of(list(seconds))],
+        against=["dense", "dense, compiled"],
+        columns={"MACs, dense / this": {name: 4.0 if "compacted" in name else 1.0 for name in seconds}},
+        **more,
+    )
+    return entry["extra_info"]
+
+
+def test_the_table_of_baselines_has_a_row_for_each_and_prints_losses():
+    masked, compiled = "torch.nn.utils.prune", "dense, compiled"
+    won = {"dense": 3.0, masked: 3.3, "compacted": 0.8, compiled: 2.0, "compacted, compiled": 0.5}
+    lost = {"dense": 3.0, masked: 3.3, "compacted": 1.0, "Torch-Pruning": 0.9, compiled: 0.9}
+    why = "**not timed**: compacted, compiled: RuntimeError: no compiler"
+    text = table.render([beside_the_usual("a", won), beside_the_usual("b", lost, note=why)])
+    assert "**a**" in text and "**b**" in text and "speed" not in text
+    assert "| compacted | 800 (800 to 800) | 3.75 (3.75 to 3.75) | 2.50 (2.50 to 2.50) | 4 |" in text
+    assert f"| {masked} | 3300 (3300 to 3300) | 0.91 (0.91 to 0.91) |  | 1 |" in text
+    assert "- **not faster**: dense, compiled / compacted is 0.90 for b" in text
+    assert "- **not faster**: Torch-Pruning / compacted is 0.90 for b" in text
+    assert f"- **not faster**: dense / {masked} is 0.91 for a" in text
+    assert text.count("**not faster**: dense, compiled") == 2  # over ours, over Torch-Pruning's; both of b
+    # What is held against neither dense network has a table by case.
+    assert "| ratio of times | compacted / compacted, compiled | Torch-Pruning / compacted |" in text
+    assert "| a | 1.60 (1.60 to 1.60) |  |" in text and why in text
+
+
+def test_baselines_and_cases_in_rows_go_into_one_table_each():
+    rows = timed("baselines", "c", {"dense": [3.0, 3.0]}, [])["extra_info"]
+    text = table.render([beside_the_usual("a", {"dense": 3.0, "compacted": 0.8}), rows])
+    assert "| c | 3000 (3000 to 3000) |" in text and "**a**" in text and "**c**" not in text
+
+
+def random_network() -> tuple[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    return randomise(cifar_resnet18((16, 16, 32, 32))), (torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+
+
+def test_masks_and_a_cut_of_the_same_channels_agree():
+    """In their outputs, and in the losses of two steps."""
+    dense, batch = random_network()
+    keep = choose("taylor", trace(copy.deepcopy(dense), batch[0]), batch)
+    small, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    trace(small, batch[0]).compact(keep)
+    test_baselines.mask(masked, batch[0], keep)
+    with torch.no_grad():
+        torch.testing.assert_close(masked.eval()(batch[0]), small.eval()(batch[0]), rtol=1e-4, atol=1e-5)
+    steps = [train_step(model, batch, autocast=False) for model in (masked, small)]
+    for _ in range(2):
+        assert steps[0]() == pytest.approx(steps[1](), rel=1e-3)
+
+
+@pytest.mark.parametrize("round_to, share", [(None, 0.34), (8, 0.25)])
+def test_torch_pruning_comes_close_to_the_macs_asked_for(round_to, share):
+    pytest.importorskip("torch_pruning")
+    dense, batch = random_network()
+    small = test_baselines.torch_pruned(dense, batch, "magnitude", share, round_to)
+    assert trace(small, batch[0]).macs() / trace(dense, batch[0]).macs() == pytest.approx(share, rel=0.1)
+    widths = widths_of(small)
+    assert all(width % (round_to or 1) == 0 for width in widths["widths"] + widths["inner"])
+
+
+def test_what_does_not_compile_is_said_and_the_others_are_timed(monkeypatch):
+    """With a compiler that compiles nothing, as no other is quick enough here."""
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    networks = {"dense": cifar_resnet18((4, 4, 4, 4)), "broken": torch.nn.Conv2d(3, 4, 5, stride=40)}
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    step = train_step(copy.deepcopy(networks["dense"]), batch, autocast=False)
+    steps: dict = {"dense": step}
+    losses = {"dense": [step(), step()]}
+    seconds, failed = test_baselines.add_compiled(steps, networks, batch, FLOAT32, losses)
+    assert list(seconds) == ["dense, compiled"] and list(steps) == ["dense", "dense, compiled"]
+    assert list(failed) == ["broken, compiled"] and "Error: " in failed["broken, compiled"]
 
 
 def test_tables_are_printed_and_the_page_written(results):
