@@ -14,7 +14,7 @@ from stamp_fast.budget import minimum_width
 from stamp_fast.data import Batches
 from stamp_fast.errors import ModelError, TraceError
 from stamp_fast.graph._model import layer_of
-from stamp_fast.report.report import _short_paths
+from stamp_fast.report.words import short_paths
 
 from .options import Answer, Run, common, data_options, model_options
 from .sources import Data, DataChoice, ModelChoice, open_model
@@ -132,7 +132,7 @@ def _text(found: dict[str, Any]) -> str:
     for layer in found["layers"]:
         verdict = "yes" if layer["prunable"] and layer["step"] == 1 else f"yes, {layer['step'] or 0:g} at a time"
         if not layer["prunable"]:
-            reason = _short_paths(layer["reason"])
+            reason = short_paths(layer["reason"])
             if len(reason) > _INLINE and reason not in notes:
                 notes.append(reason)
             verdict = f"no: {reason}" if len(reason) <= _INLINE else f"no, see ({notes.index(reason) + 1})"

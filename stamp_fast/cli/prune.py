@@ -83,7 +83,8 @@ def prune(
     pages = "" if html is None else f"report: {html}\n"
     text = f"{report}\n{pages}saved {output} ({decimal(output.stat().st_size)}). To load it:\n\n{_indented(code)}"
     more = {"output": str(output), "html": None if html is None else str(html), "load": code, "seed": seed}
-    return Answer(text, json.loads(report.to_json()) | more | {"model": model.spec, "data": data.spec})
+    more |= {"model": model.spec, "class": report.model, "data": data.spec}  # named as by `inspect`
+    return Answer(text, json.loads(report.to_json()) | more)
 
 
 def _indented(code: str) -> str:

@@ -50,6 +50,7 @@ def test_json_is_the_report_and_nothing_else(stamp, output, seen):
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     report = json.loads(seen["report"].to_json())
+    assert (found["model"], found["class"]) == ("usernet:make", report.pop("model"))
     assert {name: found[name] for name in report} == report
     assert found["macs_after"] / found["macs_before"] == pytest.approx(0.5, rel=0.02)
     assert found["output"] == output and "stamp_fast.load(" in found["load"]
