@@ -1,13 +1,15 @@
 """How much of the network may stay, and the choice of channels that meets it."""
 
-from .budget import MEASURED, Budget, RoundTo, check_round_to, minimum_width, steps_of
-from .meet import Promise, meet, promised
+from .budget import MEASURED, Budget, RoundTo, absolute, check_round_to, minimum_width, steps_of
+from .meet import PROMISED, Promise, meet, promised
 
 __all__ = [
     "MEASURED",
+    "PROMISED",
     "Budget",
     "Promise",
     "RoundTo",
+    "absolute",
     "check_round_to",
     "meet",
     "minimum_width",

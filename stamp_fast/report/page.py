@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .charts import bars, channel_chart, layer_name, time_chart
-from .words import figures, headline, how_measured, in_network_order, ledger, percent, short_paths
+from .words import MISSED, figures, headline, how_measured, in_network_order, ledger, percent, short_paths
 
 if TYPE_CHECKING:
     from .report import GroupVerdict, PruneReport
@@ -28,7 +28,7 @@ p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .headline { background: var(--box); border-left: .4rem solid var(--after); padding: .6rem 1rem; margin: .75rem 0; }
 .headline.bad { border-color: var(--bad); }
 .headline p:first-child { font-size: 1.45rem; line-height: 1.3; font-weight: 600; }
-.headline.bad p:first-child { color: var(--bad); }
+.headline.bad p:first-child, .missed { color: var(--bad); }
 .soft, caption { color: var(--soft); font-size: .9rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -74,6 +74,7 @@ svg line { stroke: var(--line); }
   .groups td:empty { display: none; }
 }
 """
+_MARKED = ' class="missed"'
 
 
 def page(report: PruneReport) -> str:
@@ -101,7 +102,9 @@ def page(report: PruneReport) -> str:
 def _headline(report: PruneReport) -> str:
     before, after = report.train_step_ms_before, report.train_step_ms_after
     faster = before is not None and after is not None and after < before
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in headline(report))
+    sentences = "".join(
+        f"<p{_MARKED if sentence.startswith(MISSED) else ''}>{escape(sentence)}</p>" for sentence in headline(report)
+    )
     return f'<section class="headline{"" if faster else " bad"}">{sentences}</section>\n'
 
 

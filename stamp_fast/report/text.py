@@ -39,7 +39,7 @@ def text(report: PruneReport) -> str:
             console.print(f"smaller network = masked dense network to {report.equality_error:.1e} (relative)")
         if how_measured(report):
             console.print(how_measured(report))
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 def _ledger(report: PruneReport) -> Table:

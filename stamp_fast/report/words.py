@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, NamedTuple
+
+from ..budget import PROMISED, absolute
 
 if TYPE_CHECKING:
     from ..budget import Promise
     from .report import GroupVerdict, PruneReport
 
 NOT_MEASURED = "not measured"
+MISSED = "MISSED"  # what the sentence of a promise that was not kept begins with
 _QUANTITIES = {
     "macs": "MACs",
     "params": "parameters",
@@ -63,19 +67,32 @@ def _asked(report: PruneReport) -> str:
 
 
 def asked_of(name: str, value: float | str) -> str:
-    """One unit of a budget: "50% of the MACs", "a train step of 250 ms"."""
+    """One unit of a budget: "50% of the MACs", "250 ms for the training step"."""
     quantity = _QUANTITIES.get(name, name)
-    return f"{percent(value)} of the {quantity}" if not isinstance(value, str) else f"{value} for the {quantity}"
+    return f"{value.strip()} for the {quantity}" if isinstance(value, str) else f"{percent(value)} of the {quantity}"
 
 
 def _promise(promise: Promise) -> str:
-    unit = " MB" if promise.unit == "memory" else " ms"
-    scale = 1e-6 if promise.unit == "memory" else 1.0
-    share = f"{figures(scale * promise.pruned)}{unit}, {percent(promise.pruned / promise.dense)} of the dense network's"
-    asked = f"{asked_of(promise.unit, promise.asked)} was asked and {share} is measured"
+    """What was asked, then what is measured, in the unit of the ask; the other unit in brackets."""
+    quantity, whole = _QUANTITIES[promise.unit], _amount(promise, promise.dense)
+    measured, share = _amount(promise, promise.pruned), percent(promise.pruned / promise.dense)
+    if isinstance(promise.asked, str):
+        found = f"asked {asked_of(promise.unit, promise.asked)}, measured {measured} (of the dense network {whole})"
+    else:
+        asked = f"{percent(promise.asked)} of the dense network's {quantity}"
+        found = f"asked {asked}, measured {share} ({measured} instead of {whole})"
     if promise.kept:
-        return f"Kept: {asked}."
-    return f"MISSED by {promise.missed_by:+.0%}: {asked}; {promise.why}."
+        return f"Kept within {PROMISED:.0%}: {found}."
+    off = f"{percent(abs(promise.missed_by))} {'more' if promise.missed_by > 0 else 'less'} than asked"
+    return f"{MISSED}: {found}, {off}." + (f" {promise.why[0].upper()}{promise.why[1:]}." if promise.why else "")
+
+
+def _amount(promise: Promise, value: float) -> str:
+    """Milliseconds or megabytes; where an amount was asked, its unit."""
+    unit = "MB" if promise.unit == "memory" else "ms"
+    if isinstance(promise.asked, str):
+        unit = re.search(r"[A-Za-z]+\s*$", promise.asked)[0].strip()
+    return f"{figures(value / absolute(promise.unit, f'1 {unit}'))} {unit}"
 
 
 def _payback(report: PruneReport) -> str:
