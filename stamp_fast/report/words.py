@@ -37,7 +37,12 @@ class Row(NamedTuple):
 
 def headline(report: PruneReport) -> list[str]:
     """What was found, what was asked, and when it pays: sentences, the most important one first."""
-    return [_speed(report), _asked(report), *map(_promise, report.promises), _payback(report)]
+    return [
+        _speed(report),
+        _asked(report),
+        *(_promise(promise, report) for promise in report.promises),
+        _payback(report),
+    ]
 
 
 def _speed(report: PruneReport) -> str:
@@ -72,7 +77,7 @@ def asked_of(name: str, value: float | str) -> str:
     return f"{value.strip()} for the {quantity}" if isinstance(value, str) else f"{percent(value)} of the {quantity}"
 
 
-def _promise(promise: Promise) -> str:
+def _promise(promise: Promise, report: PruneReport) -> str:
     """What was asked, then what is measured, in the unit of the ask; the other unit in brackets."""
     quantity, whole = _QUANTITIES[promise.unit], _amount(promise, promise.dense)
     measured, share = _amount(promise, promise.pruned), percent(promise.pruned / promise.dense)
@@ -84,7 +89,21 @@ def _promise(promise: Promise) -> str:
     if promise.kept:
         return f"Kept within {PROMISED:.0%}: {found}."
     off = f"{percent(abs(promise.missed_by))} {'more' if promise.missed_by > 0 else 'less'} than asked"
+    if promise.missed_by < 0 and _held_by_others(promise, report):
+        return f"Kept: {found}, {off}, since all asks hold at once and another one is tighter."
     return f"{MISSED}: {found}, {off}." + (f" {promise.why[0].upper()}{promise.why[1:]}." if promise.why else "")
+
+
+def _held_by_others(promise: Promise, report: PruneReport) -> bool:
+    """Whether another ask, and not this one, says how far the network had to shrink."""
+    used = [1 + other.missed_by for other in report.promises if other is not promise]
+    for name, before, after in (
+        ("macs", report.macs_before, report.macs_after),
+        ("params", report.params_before, report.params_after),
+    ):
+        if name in report.budget:
+            used.append(after / max(before, 1) / report.budget[name])
+    return "channels" in report.budget or any(share >= 1 - PROMISED for share in used)
 
 
 def _amount(promise: Promise, value: float) -> str:

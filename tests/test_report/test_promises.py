@@ -68,6 +68,18 @@ def test_every_promise_has_a_sentence():
     assert len(headline(REPORT)) == 3
 
 
+def test_what_another_ask_holds_below_its_own_is_kept():
+    """Several asks hold at once: only one of them can be met exactly."""
+    tight, loose = Promise("train_step", 0.5, 10.0, 5.2, 0.04), Promise("memory", 0.8, 4e8, 2e8, -0.375, WHY)
+    sentence = headline(report_of(tight, loose))[3]
+    assert sentence.startswith("Kept: asked 80% of the dense network's peak memory of a step, measured 50% (200 MB")
+    assert sentence.endswith("37.5% less than asked, since all asks hold at once and another one is tighter.")
+    by_macs = dataclasses.replace(report_of(loose), budget={"memory": 0.8, "macs": 0.5})  # and half of them is left
+    assert headline(by_macs)[2].startswith("Kept: ")
+    both = report_of(dataclasses.replace(tight, missed_by=-0.2), loose)
+    assert [sentence.split()[0] for sentence in headline(both)[2:-1]] == ["MISSED:", "MISSED:"]
+
+
 def test_the_limit_is_in_both_directions():
     found = [Promise("latency", 0.5, 100.0, 50 * (1 + off), off).kept for off in (-0.11, -0.1, 0.1, 0.11)]
     assert found == [False, True, True, False]
