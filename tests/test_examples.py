@@ -37,14 +37,20 @@ def test_fine_tune():
     assert "pruned by 'stamp' for macs=0.3" in output and "output of the model" in output
 
 
-def test_budgets():
-    output = output_of("budgets.py", "--macs", "0.2", "--macs", "0.5", "--epochs", "1")
-    rows = [line.split() for line in output.splitlines()[-3:]]
-    assert [row[0] for row in rows] == ["dense", "0.5", "0.2"]
-    macs, params, accuracies = ([float(row[column]) for row in rows] for column in (1, 2, 5))
-    assert macs[1:] == [pytest.approx(asked * macs[0], rel=0.02) for asked in (0.5, 0.2)]
-    assert params == sorted(params, reverse=True) and min(accuracies) > 3 * CHANCE
+def test_budgets(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAMP_FAST_CACHE", "")
+    options = ["--macs", "0.5", "--macs", "0.2", "--train-step", "0.7", "--pick", "2", "--epochs", "1"]
+    output = output_of("budgets.py", *options, "--out", str(tmp_path))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+    assert [row[1] for row in rows] == ["macs=1", "macs=0.5", "macs=0.2", "train_step=0.7"]
+    macs, params, _, scores = ([float(row[column]) for row in rows] for column in (2, 3, 4, 5))
+    assert macs[:3] == [1, pytest.approx(0.5, rel=0.02), pytest.approx(0.2, rel=0.02)]
+    assert params[0] > params[1] > params[2] and min(scores) > 2 * CHANCE
     assert any(row[-1] == "yes" for row in rows)
+    before, after = numbers(r"2 picked; parameters: (\d+) -> (\d+)", output)
+    assert after / before == pytest.approx(params[2], abs=0.001), "what was picked is what the table says"
+    assert numbers(r"accuracy: [\d.]+ -> ([\d.]+) after 1 epochs", output)[0] > 5 * CHANCE
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.csv", "sweep.png"}
 
 
 def test_early_pruning():
