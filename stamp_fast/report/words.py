@@ -82,7 +82,7 @@ def _promise(promise: Promise, report: PruneReport) -> str:
     quantity, whole = _QUANTITIES[promise.unit], _amount(promise, promise.dense)
     measured, share = _amount(promise, promise.pruned), percent(promise.pruned / promise.dense)
     if isinstance(promise.asked, str):
-        found = f"asked {asked_of(promise.unit, promise.asked)}, measured {measured} (of the dense network {whole})"
+        found = f"asked {asked_of(promise.unit, promise.asked)}, measured {measured} (the dense network takes {whole})"
     else:
         asked = f"{percent(promise.asked)} of the dense network's {quantity}"
         found = f"asked {asked}, measured {share} ({measured} instead of {whole})"

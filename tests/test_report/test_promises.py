@@ -28,8 +28,8 @@ def report_of(*promises: Promise) -> PruneReport:
         ),
         (
             Promise("latency", "250 ms", 500.0, 243.4, -0.0264),
-            "Kept within 10%: asked 250 ms for the forward in eval mode, measured 243 ms (of the dense network 500 "
-            "ms).",
+            "Kept within 10%: asked 250 ms for the forward in eval mode, measured 243 ms (the dense network takes "
+            "500 ms).",
         ),
         (
             Promise("train_step", 0.5, 16.8, 9.62, 0.1452, WHY),
@@ -38,13 +38,13 @@ def report_of(*promises: Promise) -> PruneReport:
         ),
         (
             Promise("latency", "1.5 s", 4000.0, 1200.0, -0.2, WHY),
-            "MISSED: asked 1.5 s for the forward in eval mode, measured 1.20 s (of the dense network 4.00 s), 20% less "
-            "than asked. When it was chosen it was measured at 0.51 of the dense network's.",
+            "MISSED: asked 1.5 s for the forward in eval mode, measured 1.20 s (the dense network takes 4.00 s), 20% "
+            "less than asked. When it was chosen it was measured at 0.51 of the dense network's.",
         ),
         (
             Promise("memory", " 80 MiB ", 160.0 * MIB, 79.0 * MIB, -0.0125),
-            "Kept within 10%: asked 80 MiB for the peak memory of a step, measured 79.0 MiB (of the dense network 160 "
-            "MiB).",
+            "Kept within 10%: asked 80 MiB for the peak memory of a step, measured 79.0 MiB (the dense network takes "
+            "160 MiB).",
         ),
         (
             Promise("memory", 0.5, 160e6, 120e6, 0.5),
