@@ -191,14 +191,16 @@ def pruning_options(command: Callable) -> Callable:
         show_default="macs=0.5",
         metavar="NAME=VALUE",
         callback=_budget,
-        help=f"What may stay, of the whole network: {names}. Several: all must hold.",
+        help=f"What may stay, of the whole network: {names}; the last three may be amounts, such as latency=12ms, "
+        "memory=4GiB. Several: all must hold.",
     )
     @click.option("--method", type=click.Choice(list(METHODS)), default="stamp", show_default=True)
     @click.option("--generator", type=_OLD_FILE, help="For method stamp: a file of a meta-learned MaskGenerator.")
     @click.option("--steps", type=click.IntRange(0), default=20, show_default=True, help="Steps inside prune (stamp).")
-    @click.option("--round-to", type=click.IntRange(1), help="Widths that are cut stay multiples of it; 8 is fast.")
+    @click.option("--round-to", type=click.IntRange(1), help="Widths that are cut stay multiples of it.")
     @click.option("--keep", multiple=True, metavar="LAYER", help="A layer whose channels all stay. Repeatable.")
     @click.option("--strict", is_flag=True, help="What cannot be pruned is an error, not a line in the report.")
+    @click.option("--force", is_flag=True, help="With a budget of time, go on where the result would not be faster.")
     @functools.wraps(command)
     def wrapped(
         budget: Budget,
@@ -208,10 +210,11 @@ def pruning_options(command: Callable) -> Callable:
         round_to: int | None,
         keep: tuple[str, ...],
         strict: bool,
+        force: bool,
         **given: Any,
     ):
         pruning = {"budget": budget, "method": method, "steps": steps, "round_to": round_to}
-        pruning |= {"generator": generator, "keep": keep, "strict": strict}
+        pruning |= {"generator": generator, "keep": keep, "strict": strict, "force": force}
         return command(pruning=pruning, **given)
 
     return wrapped

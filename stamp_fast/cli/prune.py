@@ -25,6 +25,7 @@ from .sources import Data, DataChoice, ModelChoice, open_model
       stamp-fast prune torchvision:resnet18 pets/ --weights DEFAULT --budget macs=0.35
       stamp-fast prune timm:resnet50 pets/ --weights DEFAULT --budget macs=0.5 --budget params=0.6 --round-to 8
       stamp-fast prune mymodel:make mydata:loader --state trained.pt --method taylor --output half.safetensors
+      stamp-fast prune mymodel:make mydata:loader --state trained.pt --budget train_step=0.5 --html report.html
       stamp-fast prune small.safetensors pets/ --into torchvision:resnet18 --output smaller.safetensors
 
     \b

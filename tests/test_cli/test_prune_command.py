@@ -155,3 +155,20 @@ def test_an_interrupt_leaves_the_old_file(stamp, output, monkeypatch):
 
 def _interrupted(*unused):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_what_the_options_say_is_handed_on(stamp, output, monkeypatch, force):
+    """A budget of time with an amount, and whether a network that is not faster will do."""
+    given = {}
+
+    def prune(model, loader, **options):
+        given.update(options)
+        raise stamp_fast.BudgetError("Budget(train_step=): the smaller network would not be faster")
+
+    monkeypatch.setattr(stamp_fast, "prune", prune)
+    arguments = ("--shape", "3,12,12", "--budget", "train_step=250 ms", "--budget", "memory=0.5", *force)
+    result = stamp("prune", "usernet:make", "pics", *arguments, "--output", output)
+    assert result.exit_code == 1 and "would not be faster" in result.stderr
+    assert given["budget"] == stamp_fast.Budget(train_step="250 ms", memory=0.5)
+    assert given["force"] == bool(force) and given["round_to"] is None
