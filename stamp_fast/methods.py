@@ -21,30 +21,51 @@ _FLOOR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """Scores per class, higher = keep, and how `Budget.select` is to compare them."""
+    """Scores, and how `Budget.select` is to compare them.
+
+    Attributes:
+        scores: float, [graph.num_classes], higher = keep.
+        ranking: "global" compares them across groups; "local" takes the same fraction of every group.
+        floor: fraction of each group that stays whatever its scores.
+        exact: with False a choice that fits is good enough, however far below the budget.
+        folded: what goes was folded into what stays by the method itself.
+    """
 
     scores: torch.Tensor
     ranking: str
     floor: float = 0.0
-    exact: bool = True  # False: a choice that fits is good enough, however far below the budget
-    folded: bool = False  # what goes was folded into what stays
+    exact: bool = True
+    folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a method may look at."""
+    """What a method may look at.
+
+    Attributes:
+        graph: of the dense network, settled; `graph.groups[i].classes` is a group's slice of the scores.
+        batches: of the loader, on the model's device: `take(count)` gives so many, anew each time.
+        sample: inputs of a few forwards, and the classes of their examples where they are known; empty where neither
+            method "stamp" nor `reconstruction` is asked for.
+        loss_fn: (model, batch) -> scalar.
+        budget: in fractions of the dense network, even where amounts were asked.
+        steps, seed, reconstruction: as `prune` was given them.
+        generator, settings: of method "stamp".
+        choose: what stays under the budget for a ranking: bool, [graph.num_classes].
+        on_step: to be called after each of `steps`, for the progress bar.
+    """
 
     graph: ChannelGraph
     batches: Batches
-    sample: tuple[list[Any], torch.Tensor | None]  # inputs of a few forwards; classes of the examples, where known
+    sample: tuple[list[Any], torch.Tensor | None]
     loss_fn: LossFn
     budget: Budget
     steps: int
     seed: int | None
     generator: MaskGenerator | None
-    settings: Settings  # of the generator's mode
+    settings: Settings
     reconstruction: bool
-    choose: Callable[[Ranking], torch.Tensor]  # what stays for a ranking, fixed groups seen to
+    choose: Callable[[Ranking], torch.Tensor]
     on_step: Callable[[], None]
 
 
