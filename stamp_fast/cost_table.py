@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import platform
 import random
 import statistics
 import time
@@ -217,8 +219,17 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@functools.cache
+def _cpu() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def machine_of(device: torch.device) -> dict[str, Any]:
     """What times depend on."""
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from . import config
 from ._files import JsonLines
 from ._processes import Processes
 from ._work import Operator, Recorded, Work, in_turns
-from .budget import MEASURED, Budget, RoundTo, steps_of
+from .budget import MEASURED, PROMISED, Budget, RoundTo, steps_of
 from .cost_table import machine_of, sizes_of, wait
 from .data import LossFn, cross_entropy, inputs_of
-from .errors import ArgumentError, BudgetError, LoaderError, StampFastError
+from .errors import ArgumentError, BudgetError, CheckpointError, LoaderError, StampFastError
 from .graph._align import base_name
 from .graph._soft_cost import SoftCost
 
@@ -146,16 +147,20 @@ class LayerCosts:
             )
         return text
 
+    def why_missed(self, unit: str, keep: torch.Tensor, asked: float) -> str:
+        """Why this network costs another part of the dense one, after the cut, than the fraction that was asked for."""
+        share = self.share(unit, keep)
+        text = f"when it was chosen it was measured at {share:.3g} of the dense network's"
+        if abs(share / asked - 1) <= PROMISED:
+            return text if unit == "memory" else f"{text}: times on this machine differ by that much"
+        if share > asked:
+            return f"{text}, the nearest that was found; {self.why(unit)}"
+        return f"{text}, the nearest that was found: what goes at a time here is much of the network"
+
     def _layer_names(self) -> list[str]:
         """Of every term of the MACs."""
         calls = self.graph.recording.calls
         return [calls[call].module or "the model" for call, _, _ in self.graph._core.macs_terms]
-
-    def why_missed(self, unit: str, keep: torch.Tensor) -> str:
-        """Why this network costs another part of the dense one than was asked for."""
-        dense, mine = self.measured(unit, keep)
-        chosen = f"when it was chosen it was measured at {mine / dense:.3g} of the dense network's"
-        return f"{chosen} (what differs from that is how much times vary here); {self.why(unit)}"
 
     def _in_turns(self, unit: str, *keeps: torch.Tensor) -> tuple[float, float]:
         if unit == "memory":
@@ -240,8 +245,12 @@ def priced(
     """
     units = budget.measured()
     if not isinstance(graph.cost_table, LayerCosts) or {*units} - {*graph.cost_table.units}:
-        path = config.costs_file()
-        graph.cost_table = LayerCosts(graph, batch, loss_fn, inputs=inputs, units=units, path=path)
+        options = {"inputs": inputs, "units": units}
+        try:
+            graph.cost_table = LayerCosts(graph, batch, loss_fn, path=config.costs_file(), **options)
+        except CheckpointError as error:  # a cache is not worth a failure
+            warnings.warn(f"{error}; it is not used: delete it, or set STAMP_FAST_CACHE", stacklevel=3)
+            graph.cost_table = LayerCosts(graph, batch, loss_fn, **options)
     return budget.in_fractions(graph.cost_table.dense), round_to or steps_of(graph, graph.cost_table.multiple)
 
 

@@ -78,7 +78,7 @@ def prune(
         keep: names of modules or parameters whose channels all stay.
         round_to: widths that are cut stay multiples of it. By default 1, or for a budget that is measured what the
             machine's kernels like.
-        seed: makes the result repeatable, for a loader that is.
+        seed: makes the result repeatable, for a loader that is; what is measured for a budget differs every time.
         strict: a group that cannot be pruned is an error that lists all such groups with their reasons, not a verdict
             in the report. Outputs of the model, `keep` and layers too narrow to cut are no error.
         verify: compares the smaller network with the masked dense one on the first eight examples, in eval mode; where

@@ -72,6 +72,7 @@ class Sweep:
     points: list[Point]
     _model: nn.Module
     _loader: Iterable[Any]
+    _shapes: list[torch.Size]
     _method: str
     _ranking: Ranking
     _options: dict[str, Any]
@@ -90,6 +91,8 @@ class Sweep:
         """
         if not isinstance(index, int) or isinstance(index, bool) or not 0 < index < len(self.points):
             raise ArgumentError(f"index: expected 1 to {len(self.points) - 1}, got {index!r}")
+        if self._shapes != _shapes(self._model):
+            raise ArgumentError("pick: the model is not the one that was swept any more: it has been cut; sweep again")
         if self.points[index].error:
             raise BudgetError(self.points[index].error)
         ranking = self._ranking
@@ -235,7 +238,11 @@ def sweep(
     finally:
         before.restore()
     options = {"loss_fn": loss_fn, "example": example, "keep": keep, "round_to": round_to, "progress": progress}
-    return Sweep(points, model, loader, method, ranking, options)
+    return Sweep(points, model, loader, _shapes(network), method, ranking, options)
+
+
+def _shapes(model: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in model.parameters()]
 
 
 def _selected(

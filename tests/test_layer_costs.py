@@ -183,7 +183,7 @@ def test_amounts_are_of_the_dense_network_measured(machine):
     prune(model, [BATCH] * 2, budget=Budget(train_step=f"{dense / 2:.6f} ms"), method="magnitude", progress=False)
     smaller = trace(model, BATCH[0])
     assert truth(smaller, smaller.all_kept()) == pytest.approx(dense / 2, rel=0.06)
-    with pytest.raises(BudgetError, match=r"latency='5 s'.*is met as it is: the dense network takes .* ms"):
+    with pytest.raises(BudgetError, match=r"latency='5 s'.*is met as it is: the dense network takes .* s$"):
         prune(Network(), [BATCH], budget=Budget(latency="5 s"), method="magnitude", progress=False)
 
 
@@ -354,3 +354,26 @@ def test_expected_costs_grow_with_every_probability(machine, unit):
 def graph_with(costs: LayerCosts) -> ChannelGraph:
     costs.graph.cost_table = costs
     return costs.graph
+
+
+def test_a_damaged_cache_is_not_used(machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAMP_FAST_CACHE", str(tmp_path / "cache"))
+    arguments = {"budget": Budget(memory=0.7), "method": "magnitude", "progress": False}
+    prune(Network(), [BATCH] * 2, **arguments)
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text('{"something": "else"}\n')
+    model = Network()
+    with pytest.warns(UserWarning, match=r"costs.jsonl.* is not a file of costs.*STAMP_FAST_CACHE"):
+        prune(model, [BATCH] * 2, **arguments)
+    assert model.a.out_channels < 32 and file.read_text() == '{"something": "else"}\n'
+    monkeypatch.setenv("STAMP_FAST_CACHE", str(file))  # no folder
+    prune(Network(), [BATCH] * 2, **arguments)
+
+
+@pytest.mark.parametrize("asked, text", [(0.5, "differ by that much"), (0.3, "nearest that was found; with a tenth")])
+def test_misses_are_explained(machine, asked, text):
+    graph = graph_of()
+    costs = LayerCosts(graph, BATCH, units=("train_step",))
+    keep = graph.select(torch.rand(graph.num_classes), Budget(macs=0.46))
+    assert text in costs.why_missed("train_step", keep, asked)
+    assert "what goes at a time" in costs.why_missed("train_step", keep, 0.9)

@@ -57,6 +57,8 @@ def test_a_point_is_what_prune_would_have_made_of_it():
     assert [p.shape for p in model.parameters()] == [p.shape for p in other.parameters()]
     assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert report(model).method == "taylor" and report(model).macs_after / report(model).macs_before < 0.31
+    with pytest.raises(ArgumentError, match="pick: the model is not the one that was swept any more"):
+        found.pick(1)
     # Its score is that of the network right after the cut.
     model.eval()
     with torch.no_grad():

@@ -84,7 +84,8 @@ class Budget:
             if isinstance(value, str):
                 whole = dense(name)
                 if absolute(name, value) >= whole:
-                    has = f"{whole / 2**20:.0f} MiB" if name == "memory" else f"{whole:.3g} ms"
+                    unit = re.search(r"[A-Za-z]+", value)[0]
+                    has = f"{whole / absolute(name, f'1 {unit}'):.3g} {unit}"
                     raise BudgetError(f"Budget({name}={value!r}): is met as it is: the dense network takes {has}")
                 asked[name] = absolute(name, value) / whole
         return Budget(**asked)

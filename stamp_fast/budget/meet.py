@@ -41,6 +41,7 @@ class Promise:
 
     @property
     def kept(self) -> bool:
+        """Within 10 percent, either way. Where several asks hold at once, one may be missed for another's sake."""
         return abs(self.missed_by) <= PROMISED
 
 
@@ -99,18 +100,18 @@ def _meet(graph: ChannelGraph, budget: Budget, choose: Callable[[Budget], torch.
     return best
 
 
-def promised(budget: Budget, costs: dict[str, tuple[float, float]], why: Callable[[str], str]) -> list[Promise]:
+def promised(budget: Budget, costs: dict[str, tuple[float, float]], why: Callable[[str, float], str]) -> list[Promise]:
     """How the asks turned out.
 
     Args:
         budget: as the user gave it.
         costs: by unit the dense network's and the pruned one's.
-        why: from a unit to what stands in the way of it.
+        why: from a unit, and what was asked as a fraction, to what stands in the way of it.
     """
     found = []
     for unit in budget.measured():
         asked, (dense, pruned) = budget.asked()[unit], costs[unit]
         target = absolute(unit, asked) if isinstance(asked, str) else asked * dense
         promise = Promise(unit, asked, dense, pruned, pruned / target - 1)
-        found.append(promise if promise.kept else dataclasses.replace(promise, why=why(unit)))
+        found.append(promise if promise.kept else dataclasses.replace(promise, why=why(unit, target / dense)))
     return found

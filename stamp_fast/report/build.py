@@ -16,7 +16,7 @@ from ..verify import Verification
 from .measure import StepCost, compare_forwards, compare_steps, copy_of
 from .report import GroupVerdict, PruneReport
 
-_AT_LENGTH = 4.0  # seconds
+_AT_LENGTH = 6.0  # seconds
 _ONCE = (
     "each network's training step was timed once only, for it is slow: a repetition would differ by some percent, and "
     "single layers by more"
@@ -95,7 +95,9 @@ def pruning_report(
         seconds: of every phase.
         backends: of every operator.
     """
-    promises = promised(budget, _by_unit(graph, kept, costs), lambda unit: graph.cost_table.why_missed(unit, kept))
+    promises = promised(
+        budget, _by_unit(graph, kept, costs), lambda unit, ask: graph.cost_table.why_missed(unit, kept, ask)
+    )
     notes = list(costs.notes) if costs else ["the train step was not measured: the model cannot be copied"]
     before, after = costs.steps if costs else (None, None)
     if costs and after.milliseconds >= before.milliseconds:

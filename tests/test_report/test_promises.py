@@ -87,9 +87,11 @@ def test_the_limit_is_in_both_directions():
 
 def test_what_is_promised_is_held_to_what_was_measured():
     asked = Budget(train_step=0.5, memory="100 MB", macs=0.9)
-    kept, missed = promised(asked, {"train_step": (20.0, 10.5), "memory": (4e8, 2e8)}, lambda unit: f"why {unit}")
+    kept, missed = promised(
+        asked, {"train_step": (20.0, 10.5), "memory": (4e8, 2e8)}, lambda unit, asked: f"why {unit} {asked:g}"
+    )
     assert (kept.unit, kept.missed_by, kept.why) == ("train_step", pytest.approx(0.05), "")
-    assert (missed.unit, missed.missed_by, missed.why) == ("memory", pytest.approx(1.0), "why memory")
+    assert (missed.unit, missed.missed_by, missed.why) == ("memory", pytest.approx(1.0), "why memory 0.25")
 
 
 def test_json_round_trip():
