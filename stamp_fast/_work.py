@@ -17,13 +17,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ._phases import in_mode
-from .cost_table import wait
 from .data import LossFn
 from .graph._align import base_name
 from .graph._plan import Plan, swapped
 from .graph._record import call_model, fresh
 from .graph._undisturbed import attributes_restored, uncompiled
-from .report.measure import LiveBytes
+from .report.measure import LiveBytes, timed, wait
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -79,11 +78,7 @@ class Work:
 
     def seconds(self) -> float:
         with self.ready() as work:
-            wait(self.plan.graph.device)
-            begin = time.perf_counter()
-            work()
-            wait(self.plan.graph.device)
-            return time.perf_counter() - begin
+            return timed(work, self.plan.graph.device)
 
     def peak_bytes(self) -> int:
         """All that is alive at a time, tensors of the model and the batch too."""

@@ -8,7 +8,6 @@ import hashlib
 import platform
 import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from .graph._align import VIEWS, base_name
 from .graph._plan import swapped
 from .graph._record import call_model, fresh
 from .graph._undisturbed import undisturbed
+from .report.measure import timed
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -206,17 +206,8 @@ def _times(work: Callable[[], Any], device: torch.device, repeats: int = _REPEAT
     work()
     taken: list[float] = []
     while len(taken) < repeats and sum(taken) < _SECONDS:
-        wait(device)
-        begin = time.perf_counter()
-        work()
-        wait(device)
-        taken.append(time.perf_counter() - begin)
+        taken.append(timed(work, device))
     return taken
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,12 @@ from ._files import JsonLines
 from ._processes import Processes
 from ._work import Operator, Recorded, Work, in_turns
 from .budget import MEASURED, PROMISED, Budget, RoundTo, steps_of
-from .cost_table import machine_of, sizes_of, wait
+from .cost_table import machine_of, sizes_of
 from .data import LossFn, cross_entropy, inputs_of
 from .errors import ArgumentError, BudgetError, CheckpointError, LoaderError, StampFastError
 from .graph._align import base_name
 from .graph._soft_cost import SoftCost
+from .report.measure import timed
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -332,15 +332,13 @@ def _per_size(convolution: Operator, width: int, device: torch.device) -> float:
     images, kernel = (
         _other_width(t, dims, width, device) for t, dims in zip(convolution.args, ((1,), (0, 1)), strict=False)
     )
-    taken = []
+
+    def step() -> None:
+        output = convolution.func(images, kernel, None, *convolution.args[3:])
+        torch.autograd.grad(output, (images, kernel), torch.ones_like(output))
+
     with torch.enable_grad():
-        for _ in range(_PROBES + 1):
-            wait(device)
-            begin = time.perf_counter()
-            output = convolution.func(images, kernel, None, *convolution.args[3:])
-            torch.autograd.grad(output, (images, kernel), torch.ones_like(output))
-            wait(device)
-            taken.append(time.perf_counter() - begin)
+        taken = [timed(step, device) for _ in range(_PROBES + 1)]
     return min(taken[1:]) / width**2
 
 

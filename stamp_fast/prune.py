@@ -108,7 +108,7 @@ def prune(
             "strict": strict,
             "verify": verify,
             "force": force,
-            "reconstruction": reconstruction is None or reconstruction,
+            "reconstruction": reconstruction,
         },
     )
     generator = check_generator(generator, method, steps)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ._phases import Phases, in_mode
 from ._work import in_turns
-from .budget import Budget
+from .budget import Budget, written
 from .checks import check_arguments, check_model, check_prunable
 from .cutting import chosen
 from .data import Batches, LossFn, check_forward, cross_entropy, guarded, hits
@@ -111,7 +111,7 @@ class Sweep:
             writer.writerow(["budget", "macs", "params", "train_step", "score", "front", "error"])
             for point in self.points:
                 values = (point.macs, point.params, point.train_step, point.score)
-                writer.writerow([_asked(point), *values, point.front, point.error])
+                writer.writerow([written(point.budget.asked()), *values, point.front, point.error])
         return Path(path)
 
     def plot(self, path: str | PathLike, title: str = "") -> Path:
@@ -129,7 +129,7 @@ class Sweep:
             axes.plot([p.train_step for p in chosen_ones], [p.score for p in chosen_ones], "o", **style)
         for point in met:
             place = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(_asked(point), (point.train_step, point.score), **place)
+            axes.annotate(written(point.budget.asked()), (point.train_step, point.score), **place)
         axes.set_xlabel("time of a training step, of the dense network's (measured)")
         axes.set_ylabel("score right after the cut, before training")
         axes.grid(alpha=0.25)
@@ -144,10 +144,10 @@ class Sweep:
             table.add_column(heading, justify="left" if heading == "budget" else "right")
         for i, point in enumerate(self.points):
             if point.error:
-                table.add_row(str(i), _asked(point), "cannot be met", "", "", "", "")
+                table.add_row(str(i), written(point.budget.asked()), "cannot be met", "", "", "", "")
                 continue
             cells = [f"{value:.3f}" for value in (point.macs, point.params, point.train_step, point.score)]
-            table.add_row(str(i), _asked(point), *cells, "yes" if point.front else "")
+            table.add_row(str(i), written(point.budget.asked()), *cells, "yes" if point.front else "")
         console = Console(width=100, color_system=None, markup=False, emoji=False, highlight=False)
         with console.capture() as capture:
             console.print(table)
@@ -318,7 +318,3 @@ def _score(
     if not count:
         raise ArgumentError("held_out: has no examples")
     return sum(float(value) for value, _ in results) / count
-
-
-def _asked(point: Point) -> str:
-    return ", ".join(f"{n}={v}" if isinstance(v, str) else f"{n}={v:g}" for n, v in point.budget.asked().items())

@@ -1,6 +1,6 @@
 """How much of the network may stay, and the choice of channels that meets it."""
 
-from .budget import MEASURED, Budget, RoundTo, absolute, check_round_to, minimum_width, steps_of
+from .budget import MEASURED, Budget, RoundTo, absolute, check_round_to, minimum_width, steps_of, written
 from .meet import PROMISED, Promise, meet, promised
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "minimum_width",
     "promised",
     "steps_of",
+    "written",
 ]

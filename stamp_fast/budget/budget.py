@@ -242,6 +242,11 @@ class _Removals:
         return result
 
 
+def written(asked: Mapping[str, float | str]) -> str:
+    """What is asked, as a user would write it: "macs=0.5, latency=12 ms"."""
+    return ", ".join(f"{n}={v if isinstance(v, str) else f'{v:g}'}" for n, v in asked.items())
+
+
 def absolute(name: str, text: str) -> float:
     """Milliseconds of "250 ms", bytes of "4 GiB".
 

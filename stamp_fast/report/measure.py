@@ -69,7 +69,7 @@ def compare_steps(
         whole: list[list[float]] = [[] for _ in steps]
         while time.perf_counter() < end and len(whole[0]) < _ROUNDS:
             for step, taken in zip(steps, whole, strict=True):
-                taken.append(_timed(step.run, device))
+                taken.append(timed(step.run, device))
             if time.perf_counter() < end and len(by_layer[0]) < _ROUNDS_BY_LAYER:
                 for step, taken in zip(steps, by_layer, strict=True):
                     taken.append(step.by_layer())
@@ -91,7 +91,7 @@ def compare_forwards(models: list[nn.Module], inputs: Any, seconds: float = _FOR
         while not taken[0] or (time.perf_counter() < end and len(taken[0]) <= _ROUNDS):
             for model, times in zip(models, taken, strict=True):
                 model.eval()
-                times.append(_timed(functools.partial(call_model, model, fresh(inputs)), device))
+                times.append(timed(functools.partial(call_model, model, fresh(inputs)), device))
     # The first forward is slower, and counts only where it is the only one.
     return [1000 * statistics.median(times[1:] or times) for times in taken]
 
@@ -155,7 +155,7 @@ class _Step:
     def by_layer(self) -> dict[str, float]:
         """Seconds of one step, by layer."""
         timeline = Timeline(*_clock(self.device))
-        _wait(self.device)
+        wait(self.device)
         with timeline.watching(self.model):
             timeline.mark(OPTIMIZER)
             self.optimizer.zero_grad(set_to_none=True)
@@ -169,7 +169,7 @@ class _Step:
             timeline.mark(OPTIMIZER)
             self.optimizer.step()
             timeline.mark(None)
-        _wait(self.device)
+        wait(self.device)
         return timeline.totals()
 
     def peak_bytes(self) -> int:
@@ -211,11 +211,12 @@ def _own_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds."""
+    wait(device)
     begin = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - begin
 
 
@@ -232,7 +233,8 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
     return now, lambda begin, end: begin.elapsed_time(end) / 1000
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

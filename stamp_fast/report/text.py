@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from ..budget import written
 from .timeline import OPTIMIZER, OTHER
 from .words import figures, headline, how_measured, ledger, short_paths
 
@@ -43,10 +44,7 @@ def text(report: PruneReport) -> str:
 
 
 def _ledger(report: PruneReport) -> Table:
-    asked = ", ".join(
-        f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in report.budget.items()
-    )
-    table = _table(f"pruned by '{report.method}' for {asked}", "", "before", "after", "ratio")
+    table = _table(f"pruned by '{report.method}' for {written(report.budget)}", "", "before", "after", "ratio")
     for row in ledger(report):
         table.add_row(*row)
     return table
