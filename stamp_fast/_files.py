@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,9 @@ def write(stored: dict[str, torch.Tensor], metadata: dict[str, str], target: str
     Raises:
         CheckpointError: the file cannot be written.
     """
+    if os.path.exists(target) and not os.path.isfile(target):
+        what = "a directory" if os.path.isdir(target) else "no ordinary file"
+        raise CheckpointError(f"save: cannot write '{target}': it is {what}")
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".stamp_fast-{secrets.token_hex(8)}.tmp")
     try:
@@ -47,6 +51,8 @@ def write(stored: dict[str, torch.Tensor], metadata: dict[str, str], target: str
             file.seek(position)
             file.write(digest)
             file.flush()
+            os.umask(mask := os.umask(0o077))  # there is no other way to read it
+            os.chmod(temporary, 0o666 & ~mask)
             with contextlib.suppress(FileNotFoundError):
                 shutil.copymode(target, temporary)
             os.fsync(file.fileno())
@@ -61,6 +67,26 @@ def write(stored: dict[str, torch.Tensor], metadata: dict[str, str], target: str
             os.unlink(temporary)
         if isinstance(error, (OSError, SafetensorError, ValueError)):
             raise CheckpointError(f"save: cannot write '{target}': {error}") from error
+        raise
+
+
+def write_text(target: str, text: str) -> None:
+    """Replaces `target` at once and whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise FileExistsError(errno.EEXIST, "it is no ordinary file", target)
+    temporary = os.path.join(os.path.dirname(target), f".stamp_fast-{secrets.token_hex(8)}.tmp")
+    try:
+        # Any str can be a module's name, and not every str is valid UTF-8.
+        with open(temporary, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+            file.write(text)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
 
 
@@ -109,6 +135,15 @@ class JsonLines:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot write '{self.path}': {error}") from error
+
+
+@contextlib.contextmanager
+def errors_name(what: str, file: str) -> Iterator[None]:
+    """A `CheckpointError` inside says whose it is, and of which file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: '{file}': {error}") from error
 
 
 @contextlib.contextmanager

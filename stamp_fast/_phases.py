@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 from tqdm.auto import tqdm
 
-_PHASES = 6
+_PHASES = 7
 
 
 class Phases:

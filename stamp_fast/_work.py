@@ -22,7 +22,7 @@ from .graph._align import base_name
 from .graph._plan import Plan, swapped
 from .graph._record import call_model, fresh
 from .graph._undisturbed import attributes_restored, uncompiled
-from .report.measure import LiveBytes, timed, wait
+from .report.measure import LiveBytes, momentum_of, timed, wait
 
 if TYPE_CHECKING:
     from .graph import ChannelGraph
@@ -56,15 +56,15 @@ class Work:
             # Its work is that of any step; a loss of any scale stays finite.
             self._optimizer = torch.optim.SGD(learned, lr=0.0, momentum=0.9)
 
-    @property
-    def bytes_before(self) -> int:
-        """Of what is there before and after a step: tensors of the model, and the batch."""
-        given = [leaf for leaf in tree_leaves(self.batch) if isinstance(leaf, torch.Tensor)]
-        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *given))
+    def _there(self, batch: Any) -> list[torch.Tensor]:
+        """What is there before and after a step: tensors of the model, momentum once it is made, the batch."""
+        given = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        made = momentum_of(self._optimizer) if self._optimizer is not None else []
+        return [*self.tensors.values(), *made, *given]
 
     @contextlib.contextmanager
-    def ready(self) -> Iterator[Callable[[], None]]:
-        """Gives what does the work; while in here the model is the smaller one."""
+    def ready(self) -> Iterator[Callable[[Any], None]]:
+        """Gives what does the work on a copy of the batch; while in here the model is the smaller one."""
         model, device = self.plan.graph.model, self.plan.graph.device
         devices = [device] if device.type == "cuda" else []
         with (
@@ -74,35 +74,40 @@ class Work:
             in_mode(model, training=self.loss_fn is not None),
             uncompiled(),
         ):
-            yield self._step if self.loss_fn is not None else functools.partial(self._forward, fresh(self.batch))
+            yield self._step if self.loss_fn is not None else self._forward
 
     def seconds(self) -> float:
         with self.ready() as work:
-            return timed(work, self.plan.graph.device)
+            return timed(functools.partial(work, fresh(self.batch)), self.plan.graph.device)
 
     def peak_bytes(self) -> int:
-        """All that is alive at a time, tensors of the model and the batch too."""
-        tracker = LiveBytes([*self.tensors.values(), *tree_leaves(self.batch)])
-        with self.ready() as work, tracker:
-            work()
-        return tracker.peak + self.bytes_before
+        """All that is alive at a time, tensors of the model, momentum and the batch too."""
+        with self.ready() as work:
+            work(fresh(self.batch))  # makes the momentum
+            there = self._there(batch := fresh(self.batch))
+            tracker = LiveBytes(there)
+            with tracker:
+                work(batch)
+        return tracker.peak + sum(tensor.nbytes for tensor in there)
 
     def recorded(self) -> Recorded:
-        mode = Recorded(self.plan.graph.device, [*self.tensors.values(), *tree_leaves(self.batch)])
+        """Of the first time momentum is made, and is not among what is there."""
+        there = self._there(batch := fresh(self.batch))
+        mode = Recorded(self.plan.graph.device, there)
         with self.ready() as work, mode:
-            work()
-        mode.at_peak[-1] = mode.at_peak.get(-1, 0) + self.bytes_before
+            work(batch)
+        mode.at_peak[-1] = mode.at_peak.get(-1, 0) + sum(tensor.nbytes for tensor in there)
         return mode
 
     def _forward(self, inputs: Any) -> None:
         with torch.no_grad():
             call_model(self.plan.graph.model, inputs)
 
-    def _step(self) -> None:
+    def _step(self, batch: Any) -> None:
         if self._optimizer is not None:
             self._optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = self.loss_fn(self.plan.graph.model, self.batch)
+            loss = self.loss_fn(self.plan.graph.model, batch)
             if loss.requires_grad:
                 loss.backward()
         if self._optimizer is not None:
@@ -149,7 +154,7 @@ class Recorded(LiveBytes):
     """
 
     def __init__(self, device: torch.device, there_before: list[Any]) -> None:
-        super().__init__([leaf for leaf in there_before if isinstance(leaf, torch.Tensor)])
+        super().__init__(there_before)
         self.operators: list[Operator] = []
         self._device = device
         self._starts: list[int] = []  # of each layer the number of its node

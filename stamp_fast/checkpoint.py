@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ._files import opened, real_path, write
+from ._files import errors_name, opened, real_path, write
 from .errors import ArgumentError, CheckpointError
 from .graph import _history
 from .graph._snapshot import replace_data
@@ -104,7 +103,7 @@ def load(model_or_factory: nn.Module | Callable[[], nn.Module], path: str | os.P
     file = real_path(path)
     model = model_or_factory if isinstance(model_or_factory, nn.Module) else _made(model_or_factory)
     network = original(model)
-    with _errors_name("load", file), opened(file, {"plan", "state"}, "stamp_fast.save") as content:
+    with errors_name("load", file), opened(file, {"plan", "state"}, "stamp_fast.save") as content:
         plan = PruningPlan.from_json(content.metadata()["plan"])
         state = _checked_state(content.metadata()["state"])
         pruned_alike = _same_cut(network, plan)
@@ -128,7 +127,7 @@ def load_plan(path: str | os.PathLike) -> PruningPlan:
         CheckpointError: as for `load`.
     """
     file = real_path(path)
-    with _errors_name("load_plan", file), opened(file, {"plan", "state"}, "stamp_fast.save") as content:
+    with errors_name("load_plan", file), opened(file, {"plan", "state"}, "stamp_fast.save") as content:
         return PruningPlan.from_json(content.metadata()["plan"])
 
 
@@ -140,14 +139,6 @@ def _made(factory: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"load: the factory gave {type(model).__name__}, expected a torch.nn.Module")
     return model
-
-
-@contextlib.contextmanager
-def _errors_name(what: str, file: str) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{what}: '{file}': {error}") from error
 
 
 def _apart(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget, RoundTo, meet
+from .budget import Budget, RoundTo, checked_scores, meet
 from .errors import CompactionError
 from .graph import ChannelGraph
 from .graph._snapshot import Snapshot
@@ -66,6 +66,8 @@ def select_and_cut(
 
 
 def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: RoundTo) -> torch.Tensor:
+    if ranked.keep is not None:
+        return ranked.keep
     options = {"ranking": ranked.ranking, "round_to": round_to, "floor": ranked.floor, "exact": ranked.exact}
 
     def choose(budget: Budget) -> torch.Tensor:
@@ -73,7 +75,8 @@ def _select(graph: ChannelGraph, ranked: Ranking, budget: Budget, round_to: Roun
 
     if not budget.measured():
         return choose(budget)
-    key = ranked.scores.numpy().tobytes(), str(options), tuple(group.reason for group in graph.groups)
+    scores = checked_scores(graph, ranked.scores, ranked.ranking, round_to)
+    key = scores.numpy().tobytes(), str(options), tuple(group.reason for group in graph.groups)
     return meet(graph, budget, choose, key)
 
 

@@ -43,7 +43,19 @@ class Batches:
             raise LoaderError("loader: yields no batch; check the data set's length, `drop_last` and the sampler")
         if self._tail is not None:
             self._seen.append(first)
-        self.first = self._moved(first)
+        self._first = first
+
+    @property
+    def first(self) -> Any:
+        """The first batch; a copy, for a forward may work on it in place."""
+        return self._moved(self._first)
+
+    def __iter__(self) -> Iterator[Any]:
+        """What the loader yields; of a generator from its beginning, every time."""
+        return self._one_pass()
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def _moved(self, batch: Any) -> Any:
         return tree_map(lambda v: v.to(self.device, copy=True) if isinstance(v, torch.Tensor) else v, batch)

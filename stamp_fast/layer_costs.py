@@ -17,7 +17,7 @@ from ._work import Operator, Recorded, Work, in_turns
 from .budget import MEASURED, PROMISED, Budget, RoundTo, steps_of
 from .cost_table import machine_of, sizes_of
 from .data import LossFn, cross_entropy, inputs_of
-from .errors import ArgumentError, BudgetError, CheckpointError, LoaderError, StampFastError
+from .errors import ArgumentError, BudgetError, CheckpointError, CompactionError, LoaderError, StampFastError
 from .graph._align import base_name
 from .graph._soft_cost import SoftCost
 from .report.measure import timed
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .graph import ChannelGraph
 
 UNITS = MEASURED  # milliseconds, milliseconds, bytes
+_FORMAT = 2  # of what is kept
 _LEVELS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)  # widths of all groups that are measured; between them is interpolated
 _STEPS = (8, 16, 32, 64)  # widths that kernels may like multiples of
 _PENALTY = 0.1  # a width of less than a multiple that costs no more than this for its size needs no multiple
@@ -69,7 +70,14 @@ class LayerCosts:
             raise ArgumentError(f"units: expected some of {', '.join(UNITS)}, got {units!r}")
         self.graph, self.units = graph, units
         self._batch, self._loss_fn = batch, loss_fn
-        self._inputs = inputs_of(batch) if inputs is None else inputs
+        if inputs is None and "latency" in units:
+            try:
+                inputs = inputs_of(batch)
+            except ArgumentError:
+                raise ArgumentError(
+                    f"inputs: the batch is {type(batch).__name__}; for units 'latency' pass what a forward takes"
+                ) from None
+        self._inputs = inputs
         self._soft, self._soft_params = SoftCost(graph, "macs"), SoftCost(graph, "params")
         self.met: dict[Any, torch.Tensor] = {}  # what `budget.meet` has found
         self._measured: dict[tuple[str, bytes], tuple[float, float]] = {}
@@ -180,11 +188,12 @@ class LayerCosts:
         # Memory is of a training step too, and comes with it.
         kinds = ["latency"] * ("latency" in self.units) + ["train_step"] * bool({*self.units} - {"latency"})
         dense = {kind: self._work(kind, self.graph.all_kept()).recorded() for kind in kinds}
-        signature = _signature(self.graph, dense)
-        found = next((line for line in reversed(self._lines()) if line["costs"] == signature), None)
+        timed = {*self.units} != {"memory"}
+        signature = _signature(self.graph, dense, timed)
+        found = self._known(signature)
         if found is None:
-            multiple = _multiple(list(dense.values()), self.graph.device)
-            rows = {kind: [self._row(kind, keep) for keep in self._levels(multiple)] for kind in kinds}
+            multiple = _multiple(list(dense.values()), self.graph.device) if timed else 1
+            rows = {kind: self._rows(kind, multiple) for kind in kinds}
             found = {"costs": signature, "multiple": multiple, "rows": rows}
             if Processes().is_first:
                 self._file.append(found)
@@ -194,13 +203,26 @@ class LayerCosts:
             rows = found["rows"]["latency" if unit == "latency" else "train_step"]
             column = "bytes" if unit == "memory" else "milliseconds"
             values = torch.tensor([row[column] for row in rows], dtype=torch.float32, device=shares.device)
-            self._curves[unit] = _Curves(shares, values)
+            self._curves[unit] = _Curves(shares[: len(rows)], values)
 
-    def _lines(self) -> list[dict]:
-        lines = self._file.read()
-        if any("costs" not in line or "rows" not in line for line in lines):
-            raise self._file.unfit(KeyError("costs"))
-        return lines
+    def _known(self, signature: str) -> dict[str, Any] | None:
+        """What the file has of this network.
+
+        Raises:
+            CheckpointError: a line that is none of ours.
+        """
+        terms = self._soft.dense.numel() + 1
+        try:
+            lines = [line for line in self._file.read() if line["rows"] and line["costs"] == signature]
+            if not lines:
+                return None
+            rows = [row for kind in lines[-1]["rows"].values() for row in kind]
+            fits = all(len(row["milliseconds"]) == len(row["bytes"]) == terms for row in rows)
+            if not fits or not isinstance(lines[-1]["multiple"], int):
+                raise ValueError("costs of another size")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self._file.unfit(error) from error
+        return lines[-1]
 
     def _levels(self, multiple: int) -> list[torch.Tensor]:
         steps = steps_of(self.graph, multiple)
@@ -209,10 +231,34 @@ class LayerCosts:
             keep = self.graph.all_kept()
             for group in self.graph.prunable if level < 1 else ():
                 step = max(1, steps.get(group.name, 1) * group.num_classes // group.channels)
-                left = min(max(step, round(level * group.num_classes / step) * step), group.num_classes)
+                wanted = level * group.num_classes
+                step = step if wanted >= step else 1  # all of a group's levels are to differ
+                left = min(max(1, round(wanted / step) * step), group.num_classes)
                 keep[group.classes.start + left : group.classes.stop] = False
             keeps.append(keep)
         return keeps
+
+    def _rows(self, kind: str, multiple: int) -> list[dict[str, list[float]]]:
+        """Of every level that the network runs at.
+
+        Raises:
+            CompactionError: it runs at its full width alone.
+        """
+        rows = []
+        for keep in self._levels(multiple):
+            try:
+                rows.append(self._row(kind, keep))
+            except (StampFastError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                if len(rows) > 1:
+                    break
+                if not rows:
+                    raise
+                raise CompactionError(
+                    f"the network runs at its full width, but not with all groups at {_LEVELS[1]:.0%} of it: {error}. "
+                    "A size may be fixed in what the forward does in training mode alone, which is not traced; add the "
+                    "layer of that width to keep="
+                ) from error
+        return rows
 
     def _row(self, kind: str, keep: torch.Tensor) -> dict[str, list[float]]:
         """Milliseconds and bytes of every term of the MACs, and of all else."""
@@ -251,16 +297,34 @@ def priced(
         except CheckpointError as error:  # a cache is not worth a failure
             warnings.warn(f"{error}; it is not used: delete it, or set STAMP_FAST_CACHE", stacklevel=3)
             graph.cost_table = LayerCosts(graph, batch, loss_fn, **options)
-    return budget.in_fractions(graph.cost_table.dense), round_to or steps_of(graph, graph.cost_table.multiple)
+    budget = budget.in_fractions(graph.cost_table.dense)
+    return budget, round_to or _reachable_steps(graph, budget, graph.cost_table.multiple)
 
 
-def check_faster(graph: ChannelGraph, keep: torch.Tensor, budget: Budget) -> None:
+def _reachable_steps(graph: ChannelGraph, budget: Budget, multiple: int) -> dict[str, int]:
+    """Widths that suit the kernels, unless they put the budget out of reach: then smaller steps."""
+    while multiple > 1:
+        steps = steps_of(graph, multiple)
+        least = graph.all_kept()
+        for group in graph.prunable:
+            left = min(group.num_classes, max(1, steps[group.name] * group.num_classes // group.channels))
+            least[group.classes.start + left : group.classes.stop] = False
+        if budget.used(graph, least) <= 1:
+            return steps
+        multiple //= 2
+    return steps_of(graph, 1)
+
+
+def check_faster(graph: ChannelGraph, budget: Budget, costs: dict[str, tuple[float, float]]) -> None:
     """
+    Args:
+        costs: by unit the dense network's and the smaller one's.
+
     Raises:
         BudgetError: time was asked for, and the smaller network takes no less of it.
     """
     for unit in budget.measured():
-        share = graph.cost_table.share(unit, keep)
+        share = costs[unit][1] / costs[unit][0]
         if unit != "memory" and share >= 1:
             raise BudgetError(
                 f"Budget({unit}=): the smaller network would not be faster: it takes {share:.2f} times as long as the "
@@ -277,10 +341,14 @@ class _Curves:
     """
 
     def __init__(self, shares: torch.Tensor, values: torch.Tensor) -> None:
+        # Noise only adds: a narrower layer that took longer than a wider one, or than itself, did so by chance.
+        values = values.cummin(0).values
+        for level in range(len(shares) - 1, 0, -1):
+            same = shares[level - 1] == shares[level]
+            values[level - 1] = torch.where(same, values[level], values[level - 1])
         # MACs go with the square of the width, and times hardly more than that.
         self.widths = shares.sqrt().flip(0).T.contiguous()
-        # A wider layer that took less time did so by chance.
-        self.values = values.flip(0).cummax(0).values.T.contiguous()
+        self.values = values.flip(0).T.contiguous()
         self.dense = self.values[:, -1].sum().item()
 
     def fraction(self, shares: torch.Tensor) -> torch.Tensor:
@@ -294,14 +362,14 @@ class _Curves:
         return (y1 + (widths - x1) * slope).clamp(min=0).sum() / self.dense
 
 
-def _signature(graph: ChannelGraph, dense: dict[str, Recorded]) -> str:
-    """Of the machine, and of all that is computed."""
+def _signature(graph: ChannelGraph, dense: dict[str, Recorded], timed: bool) -> str:
+    """Of the machine, and of all that is computed; `timed`: whether times decide on the multiple."""
     operators = {
         kind: [f"{op.func} {op.layer} {sizes_of(op.args)} {sizes_of(op.kwargs)}" for op in record.operators]
         for kind, record in dense.items()
     }
     groups = [(group.name, group.num_classes, group.channels) for group in graph.prunable]
-    told = json.dumps([machine_of(graph.device), _LEVELS, groups, operators])
+    told = json.dumps([_FORMAT, machine_of(graph.device), _LEVELS, groups, operators, timed])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -329,15 +397,15 @@ def _multiple(dense: list[Recorded], device: torch.device) -> int:
 
 def _per_size(convolution: Operator, width: int, device: torch.device) -> float:
     """Seconds of the convolution with so many input and output channels, over the square of these."""
-    images, kernel = (
-        _other_width(t, dims, width, device) for t, dims in zip(convolution.args, ((1,), (0, 1)), strict=False)
-    )
 
     def step() -> None:
         output = convolution.func(images, kernel, None, *convolution.args[3:])
         torch.autograd.grad(output, (images, kernel), torch.ones_like(output))
 
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        images, kernel = (
+            _other_width(t, dims, width, device) for t, dims in zip(convolution.args, ((1,), (0, 1)), strict=False)
+        )
         taken = [timed(step, device) for _ in range(_PROBES + 1)]
     return min(taken[1:]) / width**2
 

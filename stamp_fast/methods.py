@@ -29,6 +29,7 @@ class Ranking:
         floor: fraction of each group that stays whatever its scores.
         exact: with False a choice that fits is good enough, however far below the budget.
         folded: what goes was folded into what stays by the method itself.
+        keep: bool, [graph.num_classes]: the choice, where it has been made for this budget already.
     """
 
     scores: torch.Tensor
@@ -36,6 +37,7 @@ class Ranking:
     floor: float = 0.0
     exact: bool = True
     folded: bool = False
+    keep: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

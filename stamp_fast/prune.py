@@ -25,7 +25,7 @@ from .graph._undisturbed import attributes_restored, uncompiled
 from .layer_costs import check_faster, priced
 from .methods import METHODS, Ranking, Request
 from .recalibrate import recalibrate
-from .report import PruneReport, copy_of, measured, pruning_report, verdicts
+from .report import PruneReport, by_unit, copy_of, measured, pruning_report, verdicts
 from .stamp import MaskGenerator, Settings
 from .stamp.mask_generator import check_generator
 
@@ -113,10 +113,9 @@ def prune(
     )
     generator = check_generator(generator, method, steps)
     network = unwrapped(model)
-    batches = Batches(loader, check_model(network))
+    device = check_model(network)
     state_by_parameter(network, optimizer)  # an optimizer that cannot be cut is an error now, not after the search
     loss_fn = guarded(loss_fn or cross_entropy)
-    inputs = batches.inputs() if example is None else example
     settings = Settings() if generator is None else Settings(mode=generator.mode)
     phases = Phases(progress, sum(settings.split(steps)) if method == "stamp" else 0)
     before = Snapshot(network, optimizer, copy_values=True)
@@ -124,6 +123,9 @@ def prune(
         with config.recording() as ran, phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            with phases("load"):
+                batches = Batches(loader, device)
+                inputs = batches.inputs() if example is None else example
             with phases("trace"), in_mode(network, training=False):
                 with attributes_restored(network):  # a cache of the dense network would be taken for a constant
                     needs_training = check_forward(network, batches.first, loss_fn)
@@ -163,12 +165,13 @@ def prune(
                 kept, verified = select_and_cut(
                     graph, ranked, budget, round_to, optimizer, strict, folds, examples, phases
                 )
-            if not force:
-                check_faster(graph, kept, budget)
             with phases("recalibrate"):
                 recalibrate(network, batches.take(_RECALIBRATION_BATCHES), loss_fn, needs_training)
             with phases("measure"):
-                costs = measured(dense, network, batches.first, loss_fn, at_length=bool(asked.measured()))
+                of_latency = None if asked.latency is None else inputs
+                costs = measured(dense, network, batches.first, loss_fn, bool(asked.measured()), of_latency)
+            if not force:
+                check_faster(graph, asked, by_unit(graph, kept, costs))
             backends = dict(ran)
     except BaseException:
         before.restore()

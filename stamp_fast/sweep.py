@@ -78,11 +78,12 @@ class Sweep:
     _options: dict[str, Any]
 
     def pick(self, index: int, **options: Any) -> nn.Module:
-        """Prunes the model to one of the points, in place; the scores are those of the sweep.
+        """Prunes the model to one of the points, in place.
 
         Args:
             index: of `points`.
-            options: of `prune`, such as optimizer=.
+            options: of `prune`, such as optimizer=. With keep= or round_to= the channels are chosen anew, by the scores
+                of the sweep.
 
         Raises:
             ArgumentError: no such point, or the dense network.
@@ -95,7 +96,8 @@ class Sweep:
             raise ArgumentError("pick: the model is not the one that was swept any more: it has been cut; sweep again")
         if self.points[index].error:
             raise BudgetError(self.points[index].error)
-        ranking = self._ranking
+        anew = bool({"keep", "round_to"} & options.keys())
+        ranking = dataclasses.replace(self._ranking, keep=None if anew else self.points[index].keep)
 
         def scored(request: Request) -> Ranking:
             return ranking
@@ -196,16 +198,18 @@ def sweep(
         )
     check_arguments(budgets[0], method, METHODS, 0, round_to, keep, None, seed, loss_fn, {})
     network = unwrapped(model)
-    batches = Batches(loader, check_model(network))
+    device = check_model(network)
     loss_fn, metric = guarded(loss_fn or cross_entropy), metric or hits
-    inputs = batches.inputs() if example is None else example
-    scored = list(batches.take(_HELD_OUT) if held_out is None else Batches(held_out, batches.device).one_pass())
     phases = Phases(progress, 0)
     before = Snapshot(network, None, copy_values=True)
     try:
         with phases, uncompiled(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            with phases("load"):
+                batches = Batches(loader, device)
+                inputs = batches.inputs() if example is None else example
+                scored = list(batches.take(_HELD_OUT) if held_out is None else Batches(held_out, device).one_pass())
             with phases("trace"), in_mode(network, training=False):
                 with attributes_restored(network):
                     needs_training = check_forward(network, batches.first, loss_fn)
@@ -238,6 +242,7 @@ def sweep(
     finally:
         before.restore()
     options = {"loss_fn": loss_fn, "example": example, "keep": keep, "round_to": round_to, "progress": progress}
+    loader = batches if iter(loader) is loader else loader  # a generator is used up
     return Sweep(points, model, loader, _shapes(network), method, ranking, options)
 
 

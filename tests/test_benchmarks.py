@@ -211,10 +211,11 @@ def test_a_chosen_epoch_that_was_not_scanned_is_that_of_the_arm_that_cut_there()
         assert "which was not scanned" in early.render(MACHINE, [*dense, elsewhere], scans)
 
 
-def searched(accuracy: float, predicted: float, scores: list[float]) -> str:
+def searched(accuracy: float, predicted: float, scores: list[float], seconds: float = 300.0, processes: int = 2) -> str:
     common = {"kind": "arm", "network": "resnet18", "unit": "macs", "macs": 0.3, "latency": 0.5, "measured_ms": 10.0}
+    common |= {"chosen_in": seconds, "processes": processes}
     found = [
-        common | {"arm": arm, "seed": seed, "accuracy": value, "predicted_ms": predicted, "chosen_in": 3.0}
+        common | {"arm": arm, "seed": seed, "accuracy": value, "predicted_ms": predicted}
         for arm, value in (("uniform", 0.9), ("MetaPruning", accuracy))
         for seed in range(2)
     ]
@@ -226,9 +227,12 @@ def searched(accuracy: float, predicted: float, scores: list[float]) -> str:
 
 
 def test_the_page_of_searches_prints_wins_and_losses():
-    won, lost = searched(0.91, 9.5, [1, 2, 3, 4]), searched(0.9, 12.0, [4, 3, 2, 1])
+    won, lost = searched(0.91, 9.5, [1, 2, 3, 4]), searched(0.9, 12.0, [4, 3, 2, 1], seconds=601.0)
     assert won.count("- met") == 2 and "missed" not in won
-    assert lost.count("**missed**") == 3
+    assert "1,000 evaluations took 300 s in 2 processes of one thread (bar: 600 s in two: met)" in won
+    assert "took 601 s in 2 processes of one thread (bar: 600 s in two: **missed**)" in lost
+    assert "took 500 s in 1 process of one thread (bar: 600 s in two)" in searched(0.9, 9.5, [], 500.0, 1)
+    assert lost.count("**missed**") == 4
     assert "Spearman 1.00 (bar 0.5: met); their MACs alone: -1.00" in won
     assert "- met: MetaPruning is +1.00 points from uniform" in won
     assert "- **missed**: MetaPruning is +0.00 points from uniform" in lost

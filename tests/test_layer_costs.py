@@ -11,10 +11,12 @@ from stamp_fast import (
     Budget,
     BudgetError,
     CheckpointError,
+    CompactionError,
     LoaderError,
     _work,
     layer_costs,
     prune,
+    report,
     trace,
 )
 from stamp_fast._work import Work
@@ -22,7 +24,9 @@ from stamp_fast.budget import meet, steps_of
 from stamp_fast.data import cross_entropy
 from stamp_fast.graph import ChannelGraph
 from stamp_fast.graph._align import base_name
-from stamp_fast.layer_costs import LayerCosts
+from stamp_fast.layer_costs import LayerCosts, priced
+from stamp_fast.methods import Ranking
+from stamp_fast.report import StepCost, build
 
 BATCH = torch.randn(4, 3, 12, 12), torch.randint(0, 10, (4,))
 
@@ -180,7 +184,8 @@ def test_amounts_are_of_the_dense_network_measured(machine):
     graph = graph_of()
     dense = truth(graph, graph.all_kept())
     model = Network()
-    prune(model, [BATCH] * 2, budget=Budget(train_step=f"{dense / 2:.6f} ms"), method="magnitude", progress=False)
+    options = {"method": "magnitude", "progress": False, "force": True}  # what it really takes is not at stake
+    prune(model, [BATCH] * 2, budget=Budget(train_step=f"{dense / 2:.6f} ms"), **options)
     smaller = trace(model, BATCH[0])
     assert truth(smaller, smaller.all_kept()) == pytest.approx(dense / 2, rel=0.06)
     with pytest.raises(BudgetError, match=r"latency='5 s'.*is met as it is: the dense network takes .* s$"):
@@ -240,9 +245,11 @@ def test_levels_are_measured_once(machine, tmp_path):
     larger = BATCH[0].repeat(2, 1, 1, 1), BATCH[1].repeat(2)
     LayerCosts(graph_of(), larger, units=("train_step",), path=path)
     assert machine["recorded"] > 5
-    path.write_text(json.dumps({"something": "else"}) + "\n")
-    with pytest.raises(CheckpointError, match="is not a file of costs"):
-        LayerCosts(graph_of(), BATCH, path=path)
+    whole = json.loads(path.read_text().splitlines()[0])
+    for line in ({"something": "else"}, 5, whole | {"multiple": None}, whole | {"rows": {"train_step": [{}]}}):
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(CheckpointError, match="is not a file of costs"):
+            LayerCosts(graph_of(), BATCH, units=("train_step",), path=path)
 
 
 @pytest.mark.parametrize("period", [1, 8, 16])
@@ -273,8 +280,110 @@ def test_widths_of_narrow_groups_are_rounded_to_less():
     assert all(int(keep[group.classes].sum()) % 16 == 0 for group in graph.prunable)
 
 
-def test_a_network_that_would_not_be_faster_is_refused_unless_forced(machine):
-    machine["slower"] = 1e4
+def test_rounded_widths_put_no_budget_out_of_reach(machine, monkeypatch):
+    monkeypatch.setattr(layer_costs, "_multiple", lambda records, device: 16)
+    graph = graph_of(64)
+    priced(graph, Budget(train_step=0.5), None, BATCH, cross_entropy, BATCH[0])
+    least = [graph.train_step(uniform(graph, width / 64)) / graph.train_step() for width in (16, 8)]
+    assert least[1] < 0.6 * least[0]
+    for ask, step in ((0.6, 16), (1.01 * least[0], 16), (0.99 * least[0], 8), (0.99 * least[1], 4)):
+        fractions, steps = priced(graph, Budget(train_step=ask), None, BATCH, cross_entropy, BATCH[0])
+        assert set(steps.values()) == {step}
+        keep = graph.select(torch.rand(graph.num_classes), fractions, round_to=steps)
+        assert graph.train_step(keep) / graph.train_step() <= 1.02 * ask
+
+
+def test_noise_among_the_levels_only_adds():
+    widths = torch.tensor([1.0, 0.25, 0.25, 0.25, 0.01, 0.01])[:, None]
+    curve = layer_costs._Curves(widths, torch.tensor([[10.0], [3.0], [7.0], [4.0], [50.0], [1.0]]))
+    for share, cost in ((1.0, 10.0), (0.25, 3.0), (0.01, 1.0)):
+        assert float(curve.fraction(torch.tensor([share]))) == pytest.approx(cost / 10)
+
+
+def test_memory_alone_is_neither_timed_nor_rounded_for(monkeypatch):
+    monkeypatch.setattr(layer_costs, "_multiple", lambda records, device: pytest.fail("was timed"))
+    monkeypatch.setenv("STAMP_FAST_CACHE", "")
+    widths = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        options = {"method": "taylor", "seed": 0, "verify": False, "progress": False}
+        model = prune(Network(64), [BATCH] * 2, budget=Budget(memory=0.5), **options)
+        widths.append([p.shape for p in model.parameters()])
+    assert widths[0] == widths[1]
+
+
+def test_convolutions_are_timed_on_numbers_of_their_own():
+    graph = graph_of(64)
+    record = Work(graph.plan(graph.all_kept()), BATCH, cross_entropy).recorded()
+    before = torch.get_rng_state()
+    layer_costs._multiple([record], graph.device)
+    assert before.equal(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("unit", ["train_step", "memory"])
+def test_widths_that_the_network_cannot_run_at_are_left_out(machine, unit):
+    class Narrow(Network):
+        least = 10
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.a.weight.shape[0] < self.least:
+                raise ValueError("too narrow for me")
+            return super().forward(x)
+
+    model = Narrow()
+    prune(model, [BATCH] * 2, budget=Budget(**{unit: 0.8}), method="magnitude", progress=False, force=True)
+    assert 10 <= model.a.out_channels < 32
+    model = Narrow()
+    model.least = 32
+    with pytest.raises(CompactionError, match="runs at its full width, but not .* too narrow for me.*keep="):
+        LayerCosts(trace(model, BATCH[0]), BATCH, units=(unit,))
+
+
+@pytest.mark.parametrize("unit", ["train_step", "latency", "memory"])
+def test_a_forward_may_work_on_its_batch_in_place(unit, monkeypatch):
+    monkeypatch.setenv("STAMP_FAST_CACHE", "")
+
+    class InPlace(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(100.0))
+
+    batch = (torch.rand(4, 3, 12, 12), BATCH[1], ["a", "b", "c", "d"], None)
+    options = {"loss_fn": lambda m, b: cross_entropy(m, b[:2]), "method": "magnitude", "force": True}
+    prune(InPlace(), [batch] * 2, budget=Budget(**{unit: 0.8}), progress=False, **options)
+
+
+def test_amounts_that_hold_anyway_do_not_hinder_others(machine):
+    model = Network()
+    prune(model, [BATCH] * 2, budget=Budget(macs=0.5, memory="1e6 kB"), method="magnitude", progress=False)
+    assert report(model).macs_after / report(model).macs_before == pytest.approx(0.5, rel=0.02)
+    assert "another one is tighter" in str(report(model))
+    with pytest.raises(BudgetError, match="memory='1e6 kB'.*is met as it is: the dense network takes .* kB$"):
+        prune(Network(), [BATCH] * 2, budget=Budget(memory="1e6 kB"), method="magnitude", progress=False)
+
+
+def test_a_promise_of_latency_is_of_the_example(machine, monkeypatch):
+    seen = []
+    monkeypatch.setattr(build, "compare_forwards", lambda models, inputs, *time: seen.append(inputs) or [2.0, 1.0])
+    monkeypatch.setattr(build, "inputs_given", lambda model, loss_fn, batch: batch[0])
+    example = torch.randn(1, 3, 12, 12)
+    options = {"method": "magnitude", "progress": False, "force": True, "verify": False}
+    prune(Network(), [BATCH] * 2, budget=Budget(latency=0.7), example=example, **options)
+    prune(Network(), [BATCH] * 2, budget=Budget(macs=0.7), example=example, **options)
+    assert [len(inputs) for inputs in seen] == [1, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_of_ones_own_in_any_dtype(machine, dtype):
+    def method(request):
+        scores = torch.rand(request.graph.num_classes, dtype=dtype, requires_grad=True)
+        return Ranking(scores, "global")
+
+    prune(Network(), [BATCH] * 2, budget=Budget(train_step=0.7), method=method, progress=False, force=True)
+
+
+def test_a_network_that_would_not_be_faster_is_refused_unless_forced(machine, monkeypatch):
+    costs = [StepCost(1.0, 100, {"a": 1.0}, 9), StepCost(1.2, 80, {"a": 1.2}, 9)]
+    monkeypatch.setattr(build, "compare_steps", lambda *arguments: costs)  # measured after the cut
     torch.manual_seed(0)
     model = Network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -334,6 +443,16 @@ def test_a_budget_without_costs_says_what_is_missing():
     with pytest.raises(ArgumentError, match="an early cut has no measured costs"):
         optimizer = torch.optim.SGD(graph.model.parameters(), 0.1)
         stamp_fast.early.EarlyPruner(graph.model, optimizer, BATCH[0], budget=Budget(train_step=0.5))
+
+
+def test_amounts_are_selected_by_prediction():
+    graph = graph_of()
+    graph.cost_table = LayerCosts(graph, BATCH, units=("memory",))
+    scores = torch.rand(graph.num_classes)
+    amount = graph.select(scores, Budget(memory=f"{0.7 * graph.memory():.0f} B"))
+    assert torch.equal(amount, graph.select(scores, Budget(memory=0.7)))
+    with pytest.raises(BudgetError, match="memory='1 GB'.*is met as it is"):
+        graph.select(scores, Budget(memory="1 GB"))
 
 
 @pytest.mark.parametrize("unit", ["train_step", "memory"])

@@ -96,7 +96,7 @@ def test_method_on_digits(method, model, loader, digits):
     assert told.equality_error is not None and told.equality_error < 1e-5
     assert told.train_step_ms_before > 0 and told.train_step_ms_after > 0
     assert told.peak_memory_after < told.peak_memory_before
-    assert set(told.seconds) == {"trace", "score", "cut", "verify", "recalibrate", "measure"}
+    assert set(told.seconds) == {"load", "trace", "score", "cut", "verify", "recalibrate", "measure"}
     verdicts = {g.name: g for g in told.groups}
     assert set(verdicts) == {"conv1", "conv2", "hidden", "head"}
     assert (verdicts["conv1"].channels, verdicts["conv1"].kept) == (24, model.conv1.out_channels)

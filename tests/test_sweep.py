@@ -66,6 +66,18 @@ def test_a_point_is_what_prune_would_have_made_of_it():
     assert found.points[2].score == pytest.approx(sum(n for n, _ in right) / sum(n for _, n in right), abs=1e-6)
 
 
+def test_a_measured_point_is_cut_as_it_was_swept():
+    model = network()
+    found = sweep(model, iter(LOADER), [Budget(memory=0.6)], seed=0, progress=False)  # a generator is kept
+    keep = found.points[1].keep
+    found.pick(1)
+    assert report(model).macs_after / report(model).macs_before == found.points[1].macs
+    assert model[0].out_channels == int(keep[:32].sum())
+    model = network()
+    sweep(model, LOADER, [Budget(macs=0.5)], seed=0, progress=False).pick(1, round_to=8)
+    assert model[0].out_channels % 8 == model[3].out_channels % 8 == 0
+
+
 def test_scores_are_taken_once(monkeypatch):
     from stamp_fast import methods
 

@@ -1,6 +1,17 @@
 """How much of the network may stay, and the choice of channels that meets it."""
 
-from .budget import MEASURED, Budget, RoundTo, absolute, check_round_to, minimum_width, steps_of, written
+from .budget import (
+    MEASURED,
+    Budget,
+    RoundTo,
+    absolute,
+    check_round_to,
+    checked_scores,
+    minimum_width,
+    steps_of,
+    unit_of,
+    written,
+)
 from .meet import PROMISED, Promise, meet, promised
 
 __all__ = [
@@ -11,9 +22,11 @@ __all__ = [
     "RoundTo",
     "absolute",
     "check_round_to",
+    "checked_scores",
     "meet",
     "minimum_width",
     "promised",
     "steps_of",
+    "unit_of",
     "written",
 ]

@@ -58,7 +58,9 @@ class Budget:
         for name, value in self.asked().items():
             if name in MEASURED and isinstance(value, str):
                 absolute(name, value)
-            elif isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+            elif not isinstance(value, bool) and isinstance(value, Real) and 0 < value <= 1:
+                object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
+            else:
                 example = f" or an amount such as '{_EXAMPLES[name]}'" if name in MEASURED else ""
                 raise ArgumentError(f"Budget: {name} must be a fraction in (0, 1]{example}, got {value!r}")
 
@@ -77,18 +79,28 @@ class Budget:
             dense: from a name to what the dense network costs: milliseconds, or bytes.
 
         Raises:
-            BudgetError: the dense network is within an amount as it is.
+            BudgetError: the dense network is within an amount as it is, and nothing less than it all is asked besides.
         """
-        asked = self.asked()
+        asked, met = self.asked(), ""
         for name, value in asked.items():
             if isinstance(value, str):
                 whole = dense(name)
-                if absolute(name, value) >= whole:
-                    unit = re.search(r"[A-Za-z]+", value)[0]
-                    has = f"{whole / absolute(name, f'1 {unit}'):.3g} {unit}"
-                    raise BudgetError(f"Budget({name}={value!r}): is met as it is: the dense network takes {has}")
-                asked[name] = absolute(name, value) / whole
+                asked[name] = min(1.0, absolute(name, value) / whole)
+                if asked[name] == 1.0:
+                    has = f"{whole / absolute(name, f'1 {unit_of(value)}'):.3g} {unit_of(value)}"
+                    met = f"Budget({name}={value!r}): is met as it is: the dense network takes {has}"
+        if met and min(asked.values()) == 1.0:
+            raise BudgetError(met)
         return Budget(**asked)
+
+    def predicted(self, graph: ChannelGraph) -> Budget:
+        """The same with amounts as fractions of what `graph.cost_table` predicts for the dense network.
+
+        Raises:
+            ArgumentError: there is no table, or not of this.
+            BudgetError: the dense network is within an amount as it is.
+        """
+        return self.in_fractions(lambda unit: getattr(graph, unit)())
 
     def select(
         self,
@@ -117,7 +129,10 @@ class Budget:
             ArgumentError: scores of another size or with NaN, unknown ranking, round_to below 1, floor no fraction.
             BudgetError: out of reach; says what can be reached and which groups stand in the way.
         """
-        scores = _checked_scores(graph, scores, ranking, round_to)
+        if any(isinstance(value, str) for value in self.asked().values()):
+            options = {"ranking": ranking, "round_to": round_to, "floor": floor, "exact": exact}
+            return self.predicted(graph).select(graph, scores, **options)
+        scores = checked_scores(graph, scores, ranking, round_to)
         if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
             raise ArgumentError(f"select: floor must be a fraction in [0, 1], got {floor!r}")
         units = _removal_units(graph, scores, ranking, round_to, floor)
@@ -266,6 +281,11 @@ def absolute(name: str, text: str) -> float:
     return amount
 
 
+def unit_of(amount: str) -> str:
+    """ "ms" of "250 ms"."""
+    return re.search(r"[A-Za-z]+\s*$", amount)[0].strip()
+
+
 def steps_of(graph: ChannelGraph, multiple: int) -> dict[str, int]:
     """What every group's width may be rounded to where kernels like multiples: no more than a quarter of its width."""
     return {g.name: min(multiple, 1 << max(0, (g.channels // 4).bit_length() - 1)) for g in graph.prunable}
@@ -302,7 +322,7 @@ def _least(group: Group, round_to: int, floor: float) -> tuple[int, int]:
     return step, max(step, math.ceil(floor * group.num_classes / step) * step)
 
 
-def _checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: RoundTo) -> torch.Tensor:
+def checked_scores(graph: ChannelGraph, scores: torch.Tensor, ranking: str, round_to: RoundTo) -> torch.Tensor:
     if ranking not in ("global", "local"):
         raise ArgumentError(f"select: ranking must be 'global' or 'local', got {ranking!r}")
     check_round_to(round_to)

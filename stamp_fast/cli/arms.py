@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import stamp_fast
 from stamp_fast import trace
+from stamp_fast._phases import in_mode
 from stamp_fast.data import Batches, cross_entropy, guarded, logits_of, some_examples
 from stamp_fast.errors import LoaderError, ModelError
+from stamp_fast.graph._undisturbed import attributes_restored
 from stamp_fast.metapruning.genome import draw_weights
 from stamp_fast.methods import METHODS
 from stamp_fast.recalibrate import recalibrate
@@ -254,18 +256,65 @@ def evaluate(arms: list[Arm], train_loader: Iterable[Any], val_loader: Iterable[
     for arm in standing:
         recalibrate(arm.network, batches.take(_RECALIBRATION_BATCHES), guarded(cross_entropy))
         arm.network.eval()
-    hits, losses, count = dict.fromkeys(map(id, standing), 0), dict.fromkeys(map(id, standing), 0.0), 0
-    for batch in Batches(val_loader, device).one_pass():
-        images, labels = batch
-        if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
-            raise LoaderError("--val: bench measures accuracy and needs (images, class indices) batches")
-        count += len(labels)
+    found, count = {id(arm): [0, 0.0] for arm in standing}, 0
+    for batch in _held_out(val_loader, device):
+        count += len(batch[1])
         for arm in standing:
-            logits = logits_of(arm.network(images)).float()
-            hits[id(arm)] += int((logits.argmax(1) == labels).sum())
-            losses[id(arm)] += F.cross_entropy(logits, labels, reduction="sum").item()
+            if arm.network is None:
+                continue
+            try:
+                right, loss = _judged(arm.network, batch)
+            except Exception as error:
+                if arm.name == "dense":  # no baseline can be judged where the data is at fault
+                    raise
+                arm.fail(error)
+                continue
+            found[id(arm)][0] += right
+            found[id(arm)][1] += loss
     for arm in standing:
-        arm.accuracy, arm.loss = hits[id(arm)] / count, losses[id(arm)] / count
+        if not arm.failure:
+            arm.accuracy, arm.loss = (value / count for value in found[id(arm)])
+
+
+@torch.no_grad()
+def check_held_out(network: nn.Module, val_loader: Iterable[Any], device: torch.device) -> None:
+    """
+    Raises:
+        LoaderError: the network cannot be judged on the first batch; better now than after the training.
+    """
+    first = next(_held_out(val_loader, device), None)
+    if first is None:
+        raise LoaderError("--val: has no examples")
+    with attributes_restored(network), in_mode(network, training=False):
+        _judged(network, first)
+
+
+def _held_out(val_loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    try:
+        batches = Batches(val_loader, device).one_pass()
+        for batch in batches:
+            images, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+            if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
+                raise LoaderError("bench measures accuracy and needs (images, class indices) batches")
+            if len(labels):
+                yield images, labels
+    except LoaderError as error:
+        raise LoaderError(f"--val: {error}") from error
+
+
+def _judged(network: nn.Module, batch: Any) -> tuple[int, float]:
+    """Right answers, and the sum of the cross entropies."""
+    images, labels = batch
+    try:
+        logits = logits_of(network(images)).float()
+    except Exception as error:
+        raise LoaderError(f"--val: the network cannot take its images: {type(error).__name__}: {error}") from error
+    if logits.dim() != 2 or len(logits) != len(labels):
+        raise LoaderError(f"--val: the network gives {tuple(logits.shape)} for {len(labels)} labels")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        least, most = int(labels.min()), int(labels.max())
+        raise LoaderError(f"--val: labels are {least} to {most}, and the network has {logits.shape[1]} outputs")
+    return int((logits.argmax(1) == labels).sum()), F.cross_entropy(logits, labels, reduction="sum").item()
 
 
 def timed_steps(arm: Arm) -> list[float]:

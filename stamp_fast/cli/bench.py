@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from stamp_fast.data import Batches
 
-from .arms import Arm, Recipe, check_names, evaluate, make_arms, timed_steps, train
+from .arms import Arm, Recipe, check_held_out, check_names, evaluate, make_arms, timed_steps, train
 from .options import Answer, Run, common, data_options, model_options, pruning_options
 from .sources import Data, DataChoice, ModelChoice, open_model
 
@@ -46,7 +46,11 @@ _EQUAL = 0.05  # of our MACs: arms that differ by more are not of one size
 )
 @model_options
 @data_options(required=True)
-@click.option("--val", metavar="DATA", help="What to evaluate on. Default: DATA/val, else a fifth of DATA is held out.")
+@click.option(
+    "--val",
+    metavar="DATA",
+    help="What to evaluate on. Default: DATA/val, else a fifth of a folder, a Dataset or a list is held out.",
+)
 @pruning_options
 @click.option("--compare", default="dense,random,uniform,scratch", show_default=True, help="See below.")
 @click.option("--epochs", type=click.IntRange(1), help=f"Of training, for every arm.  [default: {_EPOCHS}]")
@@ -78,20 +82,21 @@ def bench(
     check_names(names)
     if epochs is not None and train_steps is not None:
         raise click.UsageError("--epochs and --train-steps: give one of them")
-    source = Data(data, val)
+    source = Data(data, val, evaluates=True)
     held_out = source.split()
-    classes = None if source.classes is None else len(source.classes)
     rows: list[tuple[int, list[Arm]]] = []
     recipe = None
     for seed in range(seeds):
         torch.manual_seed(seed)
-        opened = open_model(model, run.device, classes)
+        opened = open_model(model, run.device, source.outputs)
         images = source.prepare(opened.images)
         source.check_outputs(opened, images.shape)
         loader = source.loader(source.train, shuffle=True)
         if recipe is None:
             steps = train_steps or (epochs or _EPOCHS) * _length(loader, run.device)
             recipe = Recipe(steps, lr)
+            check_held_out(opened.network, source.loader(source.val, shuffle=False), run.device)
+            batch_size = Batches(loader, run.device).batch_size()
             for note in (*opened.notes, *source.notes(images), held_out):
                 run.say(f"note: {note}")
         arms = make_arms(opened.network, loader, names, pruning, seed, run)
@@ -104,7 +109,7 @@ def bench(
             said = arm.failure or f"accuracy {arm.accuracy:.1%} after {recipe.steps} steps"
             run.say(f"seed {seed}: {arm.name}: {said}")
         rows.append((seed, arms))
-    return _answer(model, data, pruning, recipe, held_out, rows, run)
+    return _answer(model, data, pruning, recipe, batch_size, held_out, rows, run)
 
 
 def _length(loader: Any, device: torch.device) -> int:
@@ -116,7 +121,14 @@ def _length(loader: Any, device: torch.device) -> int:
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 def _answer(
-    model: ModelChoice, data: DataChoice, pruning: dict, recipe: Recipe, held_out: str, rows: list, run: Run
+    model: ModelChoice,
+    data: DataChoice,
+    pruning: dict,
+    recipe: Recipe,
+    batch_size: int,
+    held_out: str,
+    rows: list,
+    run: Run,
 ) -> Answer:
     names = [arm.name for arm in rows[0][1]]
     # Each run beside the dense one and ours of its seed; they had the same batches in turns.
@@ -131,7 +143,7 @@ def _answer(
         "held_out": held_out,
         "method": ours,
         "budget": pruning["budget"].asked(),
-        "recipe": dataclasses.asdict(recipe) | {"batch_size": data.batch_size},
+        "recipe": dataclasses.asdict(recipe) | {"batch_size": batch_size},
         "seeds": [seed for seed, _ in rows],
         "machine": {"device": str(run.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "arms": summary,
@@ -204,8 +216,8 @@ def _verdicts(summary: dict[str, dict], ours: str) -> tuple[list[str], list[str]
         if name != "scratch" and max(share, 1 - share) >= _CLEAR:  # scratch is the same architecture
             texts = (f"{arm['train_step_ratio']:.2f} of dense's" for arm in (other, own))
             judged.append(("train step", *texts, share > 0.5))
-        if name not in ("dense", "scratch"):
-            texts = (f"{arm['prune_seconds']:.1f} s" for arm in (other, own))
+        texts = [f"{arm['prune_seconds']:.1f} s" for arm in (other, own)]
+        if name not in ("dense", "scratch") and texts[0] != texts[1]:
             judged.append(("time to prune", *texts, other["prune_seconds"] < own["prune_seconds"]))
         lost = [f"{what} ({theirs} against {mine})" for what, theirs, mine, better in judged if better]
         won = [f"{what} ({mine} against {theirs})" for what, theirs, mine, better in judged if not better]

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
+from stamp_fast.errors import StampFastError
 from stamp_fast.methods import METHODS
+
+from .options import NEW_FILE, new_file
 
 
 @click.command(short_help="Try it on handwritten digits that are shipped.")
@@ -25,9 +28,10 @@ from stamp_fast.methods import METHODS
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     default="stamp_fast_demo.png",
     show_default=True,
+    callback=new_file,
     help="Where the figure goes.",
 )
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
@@ -49,14 +53,17 @@ def demo(
         from stamp_fast.demo import run
     except ModuleNotFoundError as error:
         raise click.ClickException(f"the demo needs {error.name}: pip install 'stamp_fast[demo]'") from error
-    run.run(
-        method,
-        budget=budget,
-        epochs=epochs,
-        batch_size=batch_size,
-        steps=steps,
-        train_images=train_images,
-        seed=seed,
-        output=output,
-        progress=progress,
-    )
+    try:
+        run.run(
+            method,
+            budget=budget,
+            epochs=epochs,
+            batch_size=batch_size,
+            steps=steps,
+            train_images=train_images,
+            seed=seed,
+            output=output,
+            progress=progress,
+        )
+    except (StampFastError, OSError) as error:
+        raise click.ClickException(str(error)) from error

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+import torch
 
 from stamp_fast.errors import ArgumentError
 
@@ -49,7 +50,8 @@ def imported(module_name: str, name: str, what: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found = importlib.import_module(module_name)
+        with torch.random.fork_rng(devices=[]):  # a module that draws numbers is imported once in a process
+            found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
@@ -85,7 +87,7 @@ def called(function: Any, options: dict[str, Any], text: str, what: str) -> Any:
         )
     try:
         return function(**options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = ""
         if isinstance(error, TypeError) and "argument" in str(error):
             hint = "; it is called without arguments but for those in parentheses: mymodel:make(width=32)"
@@ -100,7 +102,8 @@ def library(name: str, module: str) -> Any:
 
 
 def unknown(name: str, place: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names)) or list(names)[:3]
+    names = list(dict.fromkeys(names))
+    close = difflib.get_close_matches(name, names) or names[:3]
     return f"there is no '{name}' in {place}" + (f"; did you mean {', '.join(close)}?" if close else "")
 
 

@@ -45,7 +45,7 @@ def inspect(run: Run, model: ModelChoice, data: DataChoice) -> Answer:
     package.module:loader, is only for a network that takes something else than images of --shape.
     """
     source = None if data.spec is None else Data(data)
-    opened = open_model(model, run.device, None if source is None or source.classes is None else len(source.classes))
+    opened = open_model(model, run.device, None if source is None else source.outputs)
     network = opened.network
     if source is None:
         shape = data.shape or opened.images.shape
@@ -57,7 +57,11 @@ def inspect(run: Run, model: ModelChoice, data: DataChoice) -> Answer:
     try:
         graph = trace(network, example)
     except TraceError as error:
-        hint = "say with --shape C,H,W what images it takes, or give DATA" if source is None else "is DATA for it?"
+        hint = (
+            "say with --shape C,H,W what images it takes, or give DATA"
+            if source is None
+            else "are DATA and --shape for it?"
+        )
         raise ModelError(f"{error} It was given {shape or 'a batch of DATA'}; {hint}") from error
     graph.settle()
     layers = _layers(graph)

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ from .sources import DataChoice, ModelChoice
 
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 _OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+# What messages call by the name it has in Python.
+_OPTIONS = {
+    "pass example=": "call stamp_fast.prune with example=",
+    "pass loss_fn=": "give `stamp-fast prune` --loss package.module:function",
+    "no generator= says": "no --generator says",
+    "force=True": "--force",
+    "keep=": "--keep ",
+    "round_to=": "--round-to ",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +75,45 @@ def common(command: Callable[..., Answer]) -> Callable[..., None]:
         if threads:
             torch.set_num_threads(threads)
         try:
-            # What a user's module prints shall not end up amid the JSON.
-            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            with _stdout_for_json() if as_json else contextlib.nullcontext():
                 answer = command(run=Run(device, quiet), **given)
         except (StampFastError, OSError) as error:
             if debug:
                 raise
-            raise click.ClickException(str(error)) from error
-        click.echo(json.dumps(answer.data, indent=2) if as_json else answer.text)
+            raise click.ClickException(as_options(str(error))) from error
+        click.echo(json.dumps(_finite(answer.data), indent=2, allow_nan=False) if as_json else answer.text)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _stdout_for_json() -> Iterator[None]:
+    """What a user's module prints, and what it starts prints, goes to stderr."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_options(message: str) -> str:
+    """An error of the library in the words of the command line."""
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> torch.device:
@@ -96,7 +137,25 @@ def new_file(context: click.Context, parameter: click.Parameter, value: Path | N
         raise click.BadParameter(f"there is no folder '{folder}'; make it first")
     if not os.access(folder, os.W_OK):
         raise click.BadParameter(f"the folder '{folder}' cannot be written to")
+    if value.exists() and not value.is_file():
+        raise click.BadParameter(f"'{value}' is no ordinary file")
     return value
+
+
+def check_apart(new: dict[str, Path | None], read: dict[str, Any]) -> None:
+    """Refuses to write a file over one that is read, or over another.
+
+    Args:
+        new: by option, files that will be written.
+        read: by option, files that are read, or what may be the name of one.
+    """
+    seen = {os.path.realpath(file): option for option, file in read.items() if file is not None and Path(file).exists()}
+    for option, file in new.items():
+        if file is None:
+            continue
+        other = seen.setdefault(os.path.realpath(file), option)
+        if other != option:
+            raise click.UsageError(f"{option}: '{file}' is {other}'s file too; give it a name of its own")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 import stamp_fast
 
 from .imports import import_function
-from .options import NEW_FILE, Answer, Run, common, data_options, model_options, new_file, pruning_options
+from .options import NEW_FILE, Answer, Run, check_apart, common, data_options, model_options, new_file, pruning_options
 from .sources import Data, DataChoice, ModelChoice, open_model
 
 
@@ -65,10 +65,12 @@ def prune(
     folder can be imported), or a file written by this command. The pruned network is trained as before: load it as the
     last lines of the output say.
     """
+    read = {"MODEL": model.spec, "--state": model.state, "--generator": pruning["generator"]}
+    check_apart({"--output": output, "--html": html}, read)
     loss_fn = None if loss is None else import_function(loss, "--loss")
     source = Data(data)
     torch.manual_seed(seed)
-    opened = open_model(model, run.device, None if source.classes is None else len(source.classes))
+    opened = open_model(model, run.device, source.outputs)
     images = source.prepare(opened.images)
     if loss is None:
         source.check_outputs(opened, images.shape)
@@ -77,9 +79,9 @@ def prune(
     loader = source.loader(source.train, shuffle=True)
     stamp_fast.prune(opened.network, loader, loss_fn=loss_fn, seed=seed, progress=run.progress, **pruning)
     report = stamp_fast.report(opened.network)
-    stamp_fast.save(opened.network, output)
     if html is not None:
         report.to_html(html)
+    stamp_fast.save(opened.network, output)
     code = opened.load_code(output)
     pages = "" if html is None else f"report: {html}\n"
     text = f"{report}\n{pages}saved {output} ({decimal(output.stat().st_size)}). To load it:\n\n{_indented(code)}"

@@ -268,17 +268,32 @@ class Data:
         StampFastError: there are no images in the folder, or the user's function fails.
     """
 
-    def __init__(self, choice: DataChoice, val: str | None = None) -> None:
+    def __init__(self, choice: DataChoice, val: str | None = None, evaluates: bool = False) -> None:
+        """
+        Args:
+            val: what is evaluated on, as it was given.
+            evaluates: whether DATA/val is, where nothing was given.
+        """
         self.choice = choice
         text = choice.spec or ""
         self._folders: list[Any] = []
-        self.classes: list[str] | None = None  # of a folder; what else is given does not say
+        self.classes: list[str] | None = None  # of a folder
         whole = Path(text) / "train"
-        if whole.is_dir() and (Path(text) / "val").is_dir() and val is None:
-            val = str(Path(text) / "val")
-        self.train = self._opened(str(whole) if whole.is_dir() else text, "DATA")
-        self.val = None if val is None else self._opened(val, "--val")
+        parted = whole.is_dir() and any(child.is_dir() for child in whole.iterdir())  # else it is a class of that name
+        what = "--val"
+        if evaluates and val is None and parted and (Path(text) / "val").is_dir():
+            val, what = str(Path(text) / "val"), "DATA/val"
+        self.train = self._opened(str(whole) if parted else text, "DATA")
+        self.val = None if val is None else self._opened(val, what)
         self.val_name = val
+
+    @property
+    def outputs(self) -> int | None:
+        """How many a library's network needs, where the data says: of a folder, or a data set with `classes`."""
+        classes = self.classes
+        for part in (self.train, getattr(self.train, "dataset", None)):
+            classes = classes or getattr(part, "classes", None)
+        return len(classes) if isinstance(classes, (list, tuple)) and classes else None
 
     def _opened(self, text: str, what: str) -> Any:
         if not Path(text).is_dir():
@@ -322,6 +337,12 @@ class Data:
 
     def split(self) -> str:
         """Sees to it that there is something to evaluate on that nothing is learned from; says what it is."""
+        for what, part in (("DATA", self.train), ("--val", self.val)):
+            if hasattr(part, "__next__"):
+                raise click.UsageError(
+                    f"{what}: yields its batches once, and bench goes through them many times: give a DataLoader, a "
+                    "Dataset or a list"
+                )
         if self.val is not None:
             return f"evaluated on {self.val_name}"
         if isinstance(self.train, (list, tuple)) and len(self.train) > 1:
@@ -330,8 +351,8 @@ class Data:
             return f"evaluated on the last {count} of {count + len(self.train)} batches, which nothing learns from"
         if isinstance(self.train, Dataset) and not isinstance(self.train, IterableDataset) and len(self.train) > 1:
             total = len(self.train)
-            fixed = torch.Generator().manual_seed(0)
-            self.train, self.val = random_split(self.train, [1 - _HELD_OUT, _HELD_OUT], generator=fixed)
+            fixed, count = torch.Generator().manual_seed(0), max(1, round(_HELD_OUT * total))
+            self.train, self.val = random_split(self.train, [total - count, count], generator=fixed)
             return f"evaluated on {len(self.val)} of {total} examples, drawn by seed 0, which nothing learns from"
         raise click.UsageError("--val: say what to evaluate on: a folder, or another loader, mydata:val_loader")
 
@@ -357,8 +378,8 @@ class Data:
         if outputs.dim() == 2 and outputs.shape[1] != len(self.classes):
             raise ModelError(
                 f"MODEL: has {outputs.shape[1]} outputs, and {self.choice.spec} has {len(self.classes)} classes "
-                f"({some(self.classes)}); give it one output for each, by "
-                f"--classes {len(self.classes)} or by an option of your function: mymodel:make(num_classes="
+                f"({some(self.classes)}); give it one output for each, by --classes {len(self.classes)} for a network "
+                f"of torchvision or timm, by an option of your own function: mymodel:make(num_classes="
                 f"{len(self.classes)})"
             )
 
@@ -367,12 +388,23 @@ def _folder(path: Path) -> Any:
     datasets = library("torchvision", "torchvision.datasets")
     layout = f"the layout is {path}/CLASS/IMAGE.png or {path.parent if path.name == 'train' else path}/train/CLASS/..."
     try:
-        found = datasets.ImageFolder(str(path))
+        found = datasets.ImageFolder(str(path), loader=_read_image)
     except FileNotFoundError as error:
         raise LoaderError(f"DATA: {error}; {layout}") from error
     if len(found.classes) < 2:
         raise LoaderError(f"DATA: '{path}' has a single class, '{found.classes[0]}'; {layout}")
     return found
+
+
+def _read_image(path: str) -> Any:
+    """
+    Raises:
+        LoaderError: it cannot be read, and which one that is.
+    """
+    try:
+        return library("torchvision", "torchvision.datasets.folder").default_loader(path)
+    except OSError as error:
+        raise LoaderError(f"DATA: the image '{path}' cannot be read ({error}); remove or replace it") from error
 
 
 def _transform(images: Images) -> Callable:

@@ -207,7 +207,8 @@ class _Pool:
     """Makes genomes within the budget that were not there before."""
 
     def __init__(self, net: PruningNet, budget: Budget, at_least: float, draw: random.Random) -> None:
-        self.space, self.budget, self.at_least, self.draw = net.space, budget, at_least, draw
+        self.space, self.at_least, self.draw = net.space, at_least, draw
+        self.budget = budget.predicted(net.space.graph)
         self.seen: set[tuple[int, ...]] = set()
         self.rejected = 0
 

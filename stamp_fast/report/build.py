@@ -18,7 +18,7 @@ from .report import GroupVerdict, PruneReport
 
 _AT_LENGTH = 6.0  # seconds
 _ONCE = (
-    "each network's training step was timed once only, for it is slow: a repetition would differ by some percent, and "
+    "each network's training step was timed once only, for it is slow: a repetition can differ by tens of percent, and "
     "single layers by more"
 )
 
@@ -39,12 +39,18 @@ class Measured:
 
 
 def measured(
-    dense: nn.Module | None, network: nn.Module, batch: Any, loss_fn: LossFn, at_length: bool = False
+    dense: nn.Module | None,
+    network: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    at_length: bool = False,
+    inputs: Any = None,
 ) -> Measured | None:
     """Measures the dense network, which is used up, beside a copy of the pruned one.
 
     Args:
         at_length: for some seconds, since a promise hangs on it.
+        inputs: of a forward; None: those that the loss gives it of the batch.
 
     Returns:
         None where there is no dense one, since the model cannot be copied.
@@ -66,7 +72,7 @@ def measured(
             "add the layer of that width to keep=."
         ) from error
     try:
-        inputs = inputs_given(dense, loss_fn, batch)
+        inputs = inputs_given(dense, loss_fn, batch) if inputs is None else inputs
         return Measured(steps, compare_forwards(models, inputs, *[_AT_LENGTH / 2] * at_length), [])
     except ArgumentError as error:
         why = str(error)
@@ -96,7 +102,7 @@ def pruning_report(
         backends: of every operator.
     """
     promises = promised(
-        budget, _by_unit(graph, kept, costs), lambda unit, ask: graph.cost_table.why_missed(unit, kept, ask)
+        budget, by_unit(graph, kept, costs), lambda unit, ask: graph.cost_table.why_missed(unit, kept, ask)
     )
     notes = list(costs.notes) if costs else ["the train step was not measured: the model cannot be copied"]
     before, after = costs.steps if costs else (None, None)
@@ -137,7 +143,7 @@ def pruning_report(
     )
 
 
-def _by_unit(graph: ChannelGraph, kept: torch.Tensor, costs: Measured | None) -> dict[str, tuple[float, float]]:
+def by_unit(graph: ChannelGraph, kept: torch.Tensor, costs: Measured | None) -> dict[str, tuple[float, float]]:
     """What budgets are measured by: of the dense network and the pruned one."""
     found: dict[str, tuple[float, float]] = {}
     if graph.cost_table is not None:  # measured before the cut; what was measured after it counts more

@@ -24,7 +24,7 @@ from ..graph._record import call_model, fresh
 from ..graph._undisturbed import uncompiled
 from .timeline import OPTIMIZER, OTHER, Timeline
 
-_ROUNDS = 9  # at most, of whole steps
+_ROUNDS = 9  # at most, of whole steps; more in a longer time
 _ROUNDS_BY_LAYER = 3
 _SECONDS = 1.0
 _FORWARD_SECONDS = 0.3
@@ -57,20 +57,21 @@ def compare_steps(
     """Costs of the models' training steps on one batch, timed in turns so that noise meets all alike.
 
     The models are trained in place: hand in copies. At least one timed step each, about `seconds` in all. Marks between
-    layers cost some microseconds each: the whole step is timed without, unless steps are so slow that there is no time
-    for another. The layers' shares are those of the marked steps.
+    layers cost some microseconds each: the whole step is timed without. The layers' shares are those of the marked
+    steps.
     """
     device = _device_of(models[0])
     with _own_rng(device):
         steps = [_Step(model, batch, loss_fn, device) for model in models]
         peaks = [step.peak_bytes() for step in steps]
         end = time.perf_counter() + seconds
-        by_layer = [[step.by_layer()] for step in steps]
+        by_layer: list[list[dict[str, float]]] = [[] for _ in steps]
         whole: list[list[float]] = [[] for _ in steps]
-        while time.perf_counter() < end and len(whole[0]) < _ROUNDS:
+        rounds = _ROUNDS * max(1.0, seconds / _SECONDS)
+        while not whole[0] or (time.perf_counter() < end and len(whole[0]) < rounds):
             for step, taken in zip(steps, whole, strict=True):
-                taken.append(timed(step.run, device))
-            if time.perf_counter() < end and len(by_layer[0]) < _ROUNDS_BY_LAYER:
+                taken.append(timed(functools.partial(step.run, fresh(batch)), device))
+            if not by_layer[0] or (time.perf_counter() < end and len(by_layer[0]) < _ROUNDS_BY_LAYER):
                 for step, taken in zip(steps, by_layer, strict=True):
                     taken.append(step.by_layer())
     return [_cost(*measured) for measured in zip(whole, by_layer, peaks, strict=True)]
@@ -87,8 +88,9 @@ def compare_forwards(models: list[nn.Module], inputs: Any, seconds: float = _FOR
     device = _device_of(models[0])
     taken: list[list[float]] = [[] for _ in models]
     end = time.perf_counter() + seconds
+    rounds = _ROUNDS * max(1.0, seconds / _FORWARD_SECONDS)
     with _own_rng(device), torch.no_grad():
-        while not taken[0] or (time.perf_counter() < end and len(taken[0]) <= _ROUNDS):
+        while not taken[0] or (time.perf_counter() < end and len(taken[0]) <= rounds):
             for model, times in zip(models, taken, strict=True):
                 model.eval()
                 times.append(timed(functools.partial(call_model, model, fresh(inputs)), device))
@@ -146,22 +148,26 @@ class _Step:
         # The work of a step, without its effect: a loss of any scale stays finite.
         self.optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=0.9)
 
-    def run(self) -> None:
+    def run(self, batch: Any) -> None:
+        """
+        Args:
+            batch: a copy that the forward may work on in place.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            self.loss_fn(self.model, self.batch).backward()
+            self.loss_fn(self.model, batch).backward()
         self.optimizer.step()
 
     def by_layer(self) -> dict[str, float]:
         """Seconds of one step, by layer."""
-        timeline = Timeline(*_clock(self.device))
+        timeline, batch = Timeline(*_clock(self.device)), fresh(self.batch)
         wait(self.device)
         with timeline.watching(self.model):
             timeline.mark(OPTIMIZER)
             self.optimizer.zero_grad(set_to_none=True)
             timeline.mark(OTHER)
             with torch.enable_grad():
-                loss = self.loss_fn(self.model, self.batch)
+                loss = self.loss_fn(self.model, batch)
             timeline.mark(None)
             timeline.watch_backward(loss)
             timeline.mark(OTHER)
@@ -173,24 +179,29 @@ class _Step:
         return timeline.totals()
 
     def peak_bytes(self) -> int:
-        """Peak of what is there at a time in one step, weights and batch too. Also warms up."""
-        given = [t for t in tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
-        stays = [*self.model.parameters(), *self.model.buffers(), *given]
+        """Peak of what is there at a time in one step, weights, momentum and batch too. Also warms up."""
+        self.run(fresh(self.batch))  # makes the momentum
+        stays = [*self.model.parameters(), *self.model.buffers(), *momentum_of(self.optimizer)]
+        batch = fresh(self.batch)
+        stays += [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         always = sum(tensor.nbytes for tensor in stays)
         if self.device.type == "cuda":
-            before = torch.cuda.memory_allocated(self.device)
-            self.run()  # the momentum that it makes counts
+            self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.run()
+            before = torch.cuda.memory_allocated(self.device)
+            self.run(batch)
             return torch.cuda.max_memory_allocated(self.device) - before + always
         tracker = LiveBytes(stays)
         with tracker:
-            self.run()
+            self.run(batch)
         return tracker.peak + always
 
 
+def momentum_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
+
+
 def _cost(whole: list[float], by_layer: list[dict[str, float]], peak: int) -> StepCost:
-    whole = whole or [sum(times.values()) for times in by_layer]
     milliseconds = 1000 * statistics.median(whole)
     names = dict.fromkeys(name for times in by_layer for name in times if name not in (OPTIMIZER, OTHER))
     # The least: in the short time of a layer, what else the machine does weighs heavily, and only adds.
@@ -240,13 +251,17 @@ def wait(device: torch.device) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators have made and that are still alive."""
+    """Bytes of all storages that operators have made and that are still alive.
 
-    def __init__(self, there_before: list[torch.Tensor]) -> None:
+    Args:
+        there_before: tensors that do not count; what is no tensor is left aside.
+    """
+
+    def __init__(self, there_before: list[Any]) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in there_before}
+        self._known = {t.untyped_storage()._cdata for t in there_before if isinstance(t, torch.Tensor)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

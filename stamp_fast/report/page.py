@@ -6,7 +6,17 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .charts import bars, channel_chart, layer_name, time_chart
-from .words import MISSED, figures, headline, how_measured, in_network_order, ledger, percent, short_paths
+from .words import (
+    MISSED,
+    clearly_faster,
+    figures,
+    headline,
+    how_measured,
+    in_network_order,
+    ledger,
+    percent,
+    short_paths,
+)
 
 if TYPE_CHECKING:
     from .report import GroupVerdict, PruneReport
@@ -24,7 +34,7 @@ body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 3rem; background: 
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.15rem; font-weight: 600; margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem; }
-p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
+p, li { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .headline { background: var(--box); border-left: .4rem solid var(--after); padding: .6rem 1rem; margin: .75rem 0; }
 .headline.bad { border-color: var(--bad); }
 .headline p:first-child { font-size: 1.45rem; line-height: 1.3; font-weight: 600; }
@@ -100,12 +110,10 @@ def page(report: PruneReport) -> str:
 
 
 def _headline(report: PruneReport) -> str:
-    before, after = report.train_step_ms_before, report.train_step_ms_after
-    faster = before is not None and after is not None and after < before
     sentences = "".join(
         f"<p{_MARKED if sentence.startswith(MISSED) else ''}>{escape(sentence)}</p>" for sentence in headline(report)
     )
-    return f'<section class="headline{"" if faster else " bad"}">{sentences}</section>\n'
+    return f'<section class="headline{"" if clearly_faster(report) else " bad"}">{sentences}</section>\n'
 
 
 def _ledger(report: PruneReport) -> str:

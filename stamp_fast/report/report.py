@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 
-from .._files import real_path
+from .._files import real_path, write_text
 from ..budget import Promise
 from ..errors import ArgumentError
 from .page import page
@@ -145,9 +145,7 @@ class PruneReport:
         """
         file = real_path(path)
         try:
-            # Any str can be a module's name, and not every str is valid UTF-8.
-            with open(file, "w", encoding="utf-8", errors="xmlcharrefreplace") as page_file:
-                page_file.write(page(self))
+            write_text(file, page(self))
         except OSError as error:
             raise ArgumentError(f"to_html: path={str(path)!r} cannot be written: {error.strerror}") from error
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..budget import PROMISED, absolute
+from ..budget import PROMISED, absolute, unit_of
 
 if TYPE_CHECKING:
     from ..budget import Promise
@@ -24,6 +23,7 @@ _QUANTITIES = {
     "memory": "peak memory of a step",
 }
 _HARDLY = 1.05  # the same network measured twice differs by a few percent
+_FEW, _HARDLY_OF_FEW = 2, 1.3  # and by tens of percent where so few steps are timed
 
 
 class Row(NamedTuple):
@@ -52,7 +52,7 @@ def _speed(report: PruneReport) -> str:
     times = f"a training step takes {figures(after)} ms, that of the dense network {figures(before)} ms"
     if after >= before:
         return f"The pruned network is NOT faster to train on this machine: {times}."
-    if before < _HARDLY * after:
+    if not clearly_faster(report):
         return (
             f"The pruned network is hardly faster to train on this machine: {times}, a difference like that of noise."
         )
@@ -60,6 +60,14 @@ def _speed(report: PruneReport) -> str:
         f"A training step takes {figures(after)} ms instead of {figures(before)} ms: {before / after:.2f}x less, "
         "measured on this machine."
     )
+
+
+def clearly_faster(report: PruneReport) -> bool:
+    """Whether the training step got shorter by more than times vary."""
+    before, after = report.train_step_ms_before, report.train_step_ms_after
+    if before is None or after is None:
+        return False
+    return before >= after * (_HARDLY if report.steps_timed > _FEW else _HARDLY_OF_FEW)
 
 
 def _asked(report: PruneReport) -> str:
@@ -100,17 +108,18 @@ def _held_by_others(promise: Promise, report: PruneReport) -> bool:
     for name, before, after in (
         ("macs", report.macs_before, report.macs_after),
         ("params", report.params_before, report.params_after),
+        ("channels", sum(g.channels for g in report.groups), sum(g.kept for g in report.groups)),
     ):
         if name in report.budget:
             used.append(after / max(before, 1) / report.budget[name])
-    return "channels" in report.budget or any(share >= 1 - PROMISED for share in used)
+    return any(share >= 1 - PROMISED for share in used)
 
 
 def _amount(promise: Promise, value: float) -> str:
     """Milliseconds or megabytes; where an amount was asked, its unit."""
     unit = "MB" if promise.unit == "memory" else "ms"
     if isinstance(promise.asked, str):
-        unit = re.search(r"[A-Za-z]+\s*$", promise.asked)[0].strip()
+        unit = unit_of(promise.asked)
     return f"{figures(value / absolute(promise.unit, f'1 {unit}'))} {unit}"
 
 
@@ -121,6 +130,8 @@ def _payback(report: PruneReport) -> str:
         return f"{spent}; when that is paid back is not known."
     if steps is None:
         return f"{spent}, which is never paid back in training time."
+    if not clearly_faster(report):
+        return f"{spent}; when that is paid back cannot be told from noise."
     when = f"{spent}, paid back in training time after {figures(steps, whole=True)} steps"
     if epochs is None:
         return f"{when}; the loader does not say how many steps an epoch has."

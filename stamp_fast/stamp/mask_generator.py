@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import importance
-from .._files import opened, real_path, write
+from .._files import errors_name, opened, real_path, write
 from ..budget import Budget
 from ..errors import ArgumentError, CheckpointError
 from ..graph import ChannelGraph
@@ -155,7 +155,8 @@ class MaskGenerator(nn.Module):
             CheckpointError: no such file, damaged, or another kind of file.
         """
         file = real_path(path)
-        with opened(file, {"architecture", "generator"}, "MaskGenerator.save") as content:
+        kind = {"architecture", "generator"}
+        with errors_name("generator", file), opened(file, kind, "MaskGenerator.save") as content:
             metadata = content.metadata()
             state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (not a dict)
         architecture = Architecture.from_json(metadata["architecture"])

@@ -17,6 +17,8 @@ from PIL import Image
 from stamp_fast.cli import main
 
 NETWORK = """
+import os
+
 import torch
 from torch import nn
 
@@ -50,6 +52,35 @@ def weights():
 
 def broken():
     raise RuntimeError("no such disc")
+
+
+def leaves():
+    raise SystemExit(0)
+
+
+def noisy():
+    os.system("echo something else prints")
+    return make()
+
+
+def once():
+    yield from batches
+
+
+class Named(torch.utils.data.TensorDataset):
+    classes = ["red", "green", "blue", "none"]
+
+
+def named():
+    return Named(torch.randn(40, 3, 32, 32), torch.arange(40) % 4)
+
+
+def held_out(kind):
+    x, y = batches[0]
+    return {
+        "triples": [(x, y, y)], "too high": [(x, y + 3)], "floats": [(x, y.float())], "empty": [],
+        "other images": [(x[:, :2], y)], "words": ["ab"], "no examples": [(x[:0], y[:0])], "once": iter(batches),
+    }[kind]
 
 
 def loss(model, batch):

@@ -138,7 +138,7 @@ def test_debug_shows_where_it_came_from(user_folder, monkeypatch):
 
 def test_images_become_what_the_network_expects(user_folder, monkeypatch):
     monkeypatch.chdir(user_folder)
-    data = Data(DataChoice("parts", shape=(1, 8, 8), batch_size=4))
+    data = Data(DataChoice("parts", shape=(1, 8, 8), batch_size=4), evaluates=True)
     images = data.prepare(Images())
     assert images.shape == (1, 8, 8) and len(images.mean) == 1
     inputs, labels = next(iter(data.loader(data.train, shuffle=True)))

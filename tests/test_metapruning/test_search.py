@@ -141,8 +141,10 @@ def test_a_search_in_time_repeats_with_its_table(net, images, tmp_path):
         large = torch.randn(16, 3, 64, 64)  # small ones take no longer through wide networks
         net.space.graph.cost_table = CostTable(net.space.graph, large, path=tmp_path / "costs.jsonl")
         found.append(search(net, *images, checkpoint=tmp_path / "scores.jsonl", **options))
+    options["budget"] = Budget(latency=f"{0.7 * net.space.graph.latency()} ms")
+    found.append(search(net, *images, checkpoint=tmp_path / "scores.jsonl", **options))
     net.space.graph.cost_table = None
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_several_budgets_hold_at_once(net):
