@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .graph import ChannelGraph
 
 _REPEATS = 15
-_SECONDS = 0.02  # at most, for one operator
+_LEAST = 3  # of these, however long they take: another program may be at work
+_SECONDS = 0.02  # at most, for more of one operator
 _FREE = VIEWS | {"empty", "empty_like", "is_same_size", "sym_size"}
 _FITTED = 6  # networks that are measured whole
 
@@ -57,6 +58,8 @@ class CostTable:
             raise ArgumentError("inputs: expected what a forward takes, a tensor, or a tuple or dict with some")
         self._file = JsonLines(path, "CostTable: {} is not a table of costs")
         self._sums: dict[bytes, float] = {}
+        self._sizes: _Sizes | None = None
+        self._runs = 0  # on the meta device, for a sum
         self._machine = machine_of(graph.device)
         self._seconds: dict[str, float] = {}
         self._fits: dict[str, list[float]] = {}  # slope, offset, error of every network
@@ -129,7 +132,13 @@ class CostTable:
     def _sum(self, keep: torch.Tensor) -> float:
         key = keep.numpy().tobytes()
         if key not in self._sums:
-            self._sums[key] = sum(self._of(*call) for call in self._calls(keep))
+            if self._sizes is None:
+                self._sums[key] = sum(self._of(*call) for call in self._calls(keep))
+                self._runs += 1
+                if self._runs == len(self.graph.prunable) + _FITTED:  # many are asked for: worth as many runs more
+                    self._sizes = _Sizes.learnt(self.graph, self._calls)
+            else:
+                self._sums[key] = self._sizes.summed(keep, self._of)
         return self._sums[key]
 
     def _calls(self, keep: torch.Tensor) -> list[tuple]:
@@ -151,7 +160,7 @@ class CostTable:
 
     def _of(self, func: Callable, args: tuple, kwargs: dict) -> float:
         """Seconds of one operator."""
-        key = f"{func} {sizes_of(args)} {sizes_of(kwargs)}"
+        key = _written((func, args, kwargs))
         if key not in self._seconds:
             device = self.graph.device
             args, kwargs = tree_map(lambda v: _filled(v, device) if isinstance(v, torch.Tensor) else v, (args, kwargs))
@@ -161,6 +170,116 @@ class CostTable:
             self._seconds[key] = min(_times(lambda: func(*args, **kwargs), device))
             self._write({"op": key, "seconds": self._seconds[key]})
         return self._seconds[key]
+
+
+class _Sizes:
+    """The operators of a network of any widths without running it: all their sizes are affine in the groups' widths.
+
+    Running the network on the meta device takes a hundred times as long, and a search asks for thousands.
+
+    Args:
+        calls: of the widest network.
+        sizes: float64, [ints of all calls], of the widest network.
+        slopes: float64, [ints of all calls, groups], what one class of a group adds.
+    """
+
+    def __init__(self, graph: ChannelGraph, calls: list[tuple], sizes: torch.Tensor, slopes: torch.Tensor) -> None:
+        self._graph, self._calls, self._whole, self._slopes = graph, calls, sizes, slopes
+        self._parts = [len(_ints(call)) for call in calls]
+        self._known: dict[tuple[int, bytes], float] = {}
+
+    @staticmethod
+    def learnt(graph: ChannelGraph, calls_of: Callable[[torch.Tensor], list[tuple]]) -> _Sizes | None:
+        """From a run for each group, held to runs at random; None where the sizes are not affine."""
+        whole = calls_of(graph.all_kept())
+        base = _all_ints(whole)
+        slopes = torch.zeros(len(base), len(graph.prunable), dtype=torch.float64)
+        for number, group in enumerate(graph.prunable):
+            if group.num_classes > 1:
+                keep = graph.all_kept()
+                keep[group.classes.start + group.num_classes // 2 : group.classes.stop] = False
+                sizes = _all_ints(calls_of(keep))
+                if sizes.shape != base.shape:
+                    return None
+                slopes[:, number] = (base - sizes) / (group.num_classes - group.num_classes // 2)
+        found = _Sizes(graph, whole, base, slopes)
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            keep = torch.rand(graph.num_classes, generator=draw) < torch.rand((), generator=draw)
+            for group in graph.groups:
+                keep[group.classes.start] = True
+                keep[group.classes] |= group.reason is not None
+            real = calls_of(keep)
+            if not torch.equal(found._all(keep).double(), _all_ints(real)):
+                return None
+            if [_laid_out(call) for call in found.at(keep)] != [_laid_out(call) for call in real]:
+                return None
+        return found
+
+    def at(self, keep: torch.Tensor) -> list[tuple]:
+        """The operators, with meta tensors for arguments."""
+        return [_resized(call, part) for call, part in zip(self._calls, self._split(keep), strict=True)]
+
+    def summed(self, keep: torch.Tensor, seconds_of: Callable[..., float]) -> float:
+        """Of all operators."""
+        total = 0.0
+        for number, part in enumerate(self._split(keep)):
+            key = number, part.numpy().tobytes()
+            if key not in self._known:
+                self._known[key] = seconds_of(*_resized(self._calls[number], part))
+            total += self._known[key]
+        return total
+
+    def _split(self, keep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._all(keep).split(self._parts)
+
+    def _all(self, keep: torch.Tensor) -> torch.Tensor:
+        gone = torch.tensor([g.num_classes - int(keep[g.classes].sum()) for g in self._graph.prunable])
+        return (self._whole - self._slopes @ gone.double()).round().long()
+
+
+def _ints(call: tuple) -> list[int]:
+    """All that can change with a width: sizes of tensors, and integers."""
+    found: list[int] = []
+    for leaf in tree_leaves(call[1:]):
+        if isinstance(leaf, torch.Tensor):
+            found += leaf.shape
+        elif isinstance(leaf, int) and not isinstance(leaf, bool):
+            found.append(leaf)
+    return found
+
+
+def _all_ints(calls: list[tuple]) -> torch.Tensor:
+    return torch.tensor([value for call in calls for value in _ints(call)], dtype=torch.float64)
+
+
+def _resized(call: tuple, sizes: torch.Tensor) -> tuple:
+    """The operator with these in the place of its own `_ints`."""
+    left = iter(sizes.tolist())
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            order = sorted(range(leaf.dim()), key=lambda dim: -leaf.stride(dim))
+            return torch.empty_permuted([next(left) for _ in order], order, dtype=leaf.dtype, device="meta")
+        return next(left) if isinstance(leaf, int) and not isinstance(leaf, bool) else leaf
+
+    return (call[0], *tree_map(other, call[1:]))
+
+
+def _laid_out(call: tuple) -> tuple:
+    """What tells operators apart: the stride of a dim of size 1 does not."""
+    leaves = [
+        (leaf.shape, [s for s, size in zip(leaf.stride(), leaf.shape, strict=True) if size > 1], leaf.dtype)
+        if isinstance(leaf, torch.Tensor)
+        else leaf
+        for leaf in tree_leaves(call[1:])
+    ]
+    return call[0], leaves
+
+
+def _written(call: tuple) -> str:
+    func, args, kwargs = call
+    return f"{func} {sizes_of(args)} {sizes_of(kwargs)}"
 
 
 class _Calls(TorchDispatchMode):
@@ -205,7 +324,7 @@ def _times(work: Callable[[], Any], device: torch.device, repeats: int = _REPEAT
     """Seconds, after a first time that does not count."""
     work()
     taken: list[float] = []
-    while len(taken) < repeats and sum(taken) < _SECONDS:
+    while len(taken) < repeats and (len(taken) < _LEAST or sum(taken) < _SECONDS):
         taken.append(timed(work, device))
     return taken
 

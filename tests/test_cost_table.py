@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.networks import cifar_mobilenet_v2, cifar_resnet18
 from stamp_fast import ArgumentError, Budget, CheckpointError, trace
-from stamp_fast.cost_table import CostTable
+from stamp_fast.cost_table import CostTable, _laid_out, _Sizes
 from stamp_fast.graph import ChannelGraph
 
 IMAGES = torch.randn(8, 3, 16, 16)
@@ -62,6 +63,59 @@ def test_a_latency_is_the_sum_over_the_operators_fitted_to_whole_networks(one_se
     assert table.error == pytest.approx(0, abs=1e-9)
 
 
+class Odd(nn.Module):
+    """Sizes that are no sum of widths: what is left of them and what is gone are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, y = self.a(x).flatten(2), self.b(x).flatten(2)
+        return (x @ y.transpose(1, 2)).flatten(1).relu().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "make, affine",
+    [
+        (network, True),
+        (lambda: cifar_mobilenet_v2(4), True),
+        (lambda: cifar_resnet18((4, 8, 8, 8)).to(memory_format=torch.channels_last), True),
+        (Odd, False),
+    ],
+)
+def test_sizes_are_known_without_a_run(make, affine):
+    """Held to the operators of real runs, at random widths, scattered channels among them."""
+    graph = graph_of(make())
+    table = CostTable(graph, IMAGES)
+    found = _Sizes.learnt(graph, table._calls)
+    assert (found is not None) == affine
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(5 if affine else 0):
+        keep = torch.rand(graph.num_classes, generator=draw) < 0.5
+        for group in graph.groups:
+            keep[group.classes.start] = True
+            keep[group.classes] |= group.reason is not None
+        assert list(map(_laid_out, found.at(keep))) == list(map(_laid_out, table._calls(keep)))
+
+
+def test_many_predictions_run_the_network_few_times(one_second_each, monkeypatch):
+    graph = graph_of(network())
+    table, fresh = CostTable(graph, IMAGES), CostTable(graph, IMAGES)
+    runs = []
+    real = CostTable._calls
+    monkeypatch.setattr(CostTable, "_calls", lambda self, keep: runs.append(1) or real(self, keep))
+    monkeypatch.setattr(_Sizes, "learnt", staticmethod(lambda graph, calls: None))
+    slow = [fresh.latency(cut_to(graph, width, 33 - width)) for width in range(1, 33)]
+    monkeypatch.undo()
+    monkeypatch.setattr(CostTable, "_of", lambda self, func, args, kwargs: float(args[0].numel()))
+    monkeypatch.setattr(CostTable, "_calls", lambda self, keep: runs.append(1) or real(self, keep))
+    assert len(runs) >= 30
+    runs.clear()
+    assert [table.latency(cut_to(graph, width, 33 - width)) for width in range(1, 33)] == slow
+    assert len(runs) < 10
+
+
 def test_the_network_is_left_as_it_was():
     model = network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -115,6 +169,7 @@ def test_a_size_is_measured_once(monkeypatch, tmp_path):
 
 def test_a_network_that_waits_for_something_else_is_said_to(monkeypatch):
     monkeypatch.setattr(CostTable, "measured", lambda self, *keeps: [float(n + 1) for n in range(len(keeps))])
+    monkeypatch.setattr(CostTable, "_of", lambda self, func, args, kwargs: float(args[0].numel()))
     graph = graph_of(network())
     with pytest.warns(UserWarning, match="does not grow with its operators'"):
         table = CostTable(graph, IMAGES)
