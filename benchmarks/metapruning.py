@@ -2,6 +2,7 @@
 
     python -m benchmarks.metapruning                                       # all of it: hours
     torchrun --nproc-per-node 2 -m benchmarks.metapruning --network mobilenet_v2 --threads 1
+    python -m benchmarks.metapruning --latencies                           # of all arms, in turns; nothing else running
     python -m benchmarks.metapruning --table                               # docs/metapruning.md of what there is
 
 Rows are appended to a JSON-lines file as they come; what it holds already is not run again. Under torchrun the
@@ -153,7 +154,7 @@ def ranked(method: str) -> Arm:
         for macs in (share / 100 for share in range(99, 0, -1)):
             keep = graph.select(scores, Budget(macs=macs), ranking="global", floor=0.1, exact=False)
             if budget.used(graph, keep) <= 1:
-                return _first_of_every_group(graph, keep)
+                return _first_channels(graph, [int(keep[group.classes].sum()) for group in graph.prunable])
         raise AssertionError("no share of the MACs is within the budget")
 
     return arm
@@ -171,13 +172,6 @@ def _dense(network: str) -> nn.Module:
         if not rank():
             torch.save(model.state_dict(), path)
     return model.to(memory_format=torch.contiguous_format)
-
-
-def _first_of_every_group(graph: Any, keep: torch.Tensor) -> torch.Tensor:
-    result = graph.all_kept()
-    for group in graph.prunable:
-        result[group.classes.start + int(keep[group.classes].sum()) : group.classes.stop] = False
-    return result
 
 
 ARMS: dict[str, Arm] = {
@@ -243,6 +237,30 @@ def compare(network: str, seeds: int, names: tuple[str, ...], units: tuple[str, 
                 )
 
 
+def measure_latencies(network: str, results: Path) -> None:
+    """Of all arms there are, in turns with the widest network: what the page says, instead of what each search saw."""
+    space = PruningNet(NETWORKS[network](), torch.zeros(2, 3, 32, 32)).space
+    graph = space.graph
+    table = CostTable(graph, images()[1][0][0][:_BATCH], path=_CACHE / f"costs_{network}.jsonl")
+    widths = {
+        (r["unit"], r["arm"]): r["widths"] for r in rows(results) if r["kind"] == "arm" and r["network"] == network
+    }
+    for unit in dict.fromkeys(unit for unit, _ in widths):
+        names = [arm for which, arm in widths if which == unit]
+        keeps = [_first_channels(graph, widths[unit, arm]) for arm in names]
+        whole, *measured = table.measured(graph.all_kept(), *keeps, rounds=51)
+        for arm, milliseconds in zip(names, measured, strict=True):
+            found = {"network": network, "unit": unit, "arm": arm, "latency": milliseconds / whole}
+            append(results, kind="latency", measured_ms=milliseconds, **found)
+
+
+def _first_channels(graph: Any, widths: list[int]) -> torch.Tensor:
+    keep = graph.all_kept()
+    for group, width in zip(graph.prunable, widths, strict=True):
+        keep[group.classes.start + width : group.classes.stop] = False
+    return keep
+
+
 def correlate(network: str, results: Path) -> None:
     """Scores of random genomes and what they reach when they are retrained."""
     net = pruning_net(network)
@@ -273,8 +291,8 @@ def render(machine: dict[str, Any], found: list[dict[str, Any]]) -> str:
         f"scratch for {_RETRAINING} steps. `python -m benchmarks.metapruning` made the rows.",
         f"Machine: {machine['cpu']} ({machine['capability']}), {machine['threads']} of {machine['cores']} cores for "
         f"each process, torch {machine['torch']}. Accuracy in percent on {_TEST_IMAGES:,} test images, ± standard "
-        "deviation over the seeds. Latency: of a forward, measured, as a fraction of the widest network's, beside the "
-        "table's prediction over what was measured.",
+        "deviation over the seeds. Latency: of a forward, all arms measured in turns afterwards, as a fraction of the "
+        "widest network's, beside the prediction that the search went by over what was measured.",
     ]
     for network in dict.fromkeys(row["network"] for row in found):
         mine = [row for row in found if row["network"] == network]
@@ -292,11 +310,16 @@ def render(machine: dict[str, Any], found: list[dict[str, Any]]) -> str:
             arms = {
                 name: [r for r in mine if r["kind"] == "arm" and (r["unit"], r["arm"]) == (unit, name)] for name in ARMS
             }
-            arms = {name: runs for name, runs in arms.items() if runs}
+            again = {r["arm"]: r for r in mine if r["kind"] == "latency" and r["unit"] == unit}
+            arms = {name: [row | _latency(again.get(name, {})) for row in runs] for name, runs in arms.items() if runs}
             if arms:
                 ask = BUDGETS[unit].asked()[unit]
                 lines += [f"### At {ask:g} of the {unit}", _table(arms), *_verdicts(arms, unit)]
     return "\n\n".join(lines) + "\n"
+
+
+def _latency(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("latency", "measured_ms") if key in row}
 
 
 def _mean(runs: list[dict[str, Any]], key: str) -> float:
@@ -344,6 +367,7 @@ def _verdicts(arms: dict[str, list[dict[str, Any]]], unit: str) -> list[str]:
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--correlation/--no-correlation", default=True, help="Scores against accuracies.")
+@click.option("--latencies", is_flag=True, help="Only measure the latencies of all arms again.")
 @click.option("--table", is_flag=True, help="Only write the page.")
 @click.option("--results", type=click.Path(path_type=Path), default=_OUT / "metapruning.jsonl")
 @click.option("--docs", type=click.Path(path_type=Path), default=_DOCS)
@@ -354,6 +378,7 @@ def main(
     seeds: int,
     threads: int,
     correlation: bool,
+    latencies: bool,
     table: bool,
     results: Path,
     docs: Path,
@@ -363,6 +388,10 @@ def main(
     if table:
         machine = json.loads(results.read_text().partition("\n")[0])["machine"]
         (docs / "metapruning.md").write_text(render(machine, list(rows(results))))
+        return
+    if latencies:
+        for network in networks:
+            measure_latencies(network, results)
         return
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")

@@ -31,6 +31,7 @@ _LEVELS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)  # widths of all groups that are meas
 _STEPS = (8, 16, 32, 64)  # widths that kernels may like multiples of
 _PENALTY = 0.1  # a width of less than a multiple that costs no more than this for its size needs no multiple
 _RECORDINGS = 2  # of every level
+_FAILURES = (StampFastError, RuntimeError, TypeError, ValueError, NotImplementedError)
 _PROBES = 4  # times that a width is measured for `_multiple`
 _MOST_PROBED = 128
 
@@ -124,10 +125,20 @@ class LayerCosts:
         return mine / dense
 
     def measured(self, unit: str, keep: torch.Tensor) -> tuple[float, float]:
-        """The dense network's cost and that of these widths, measured in turns when first asked for."""
+        """The dense network's cost and that of these widths, measured in turns when first asked for.
+
+        Raises:
+            CompactionError: the network cannot run at these widths.
+        """
         key = unit, keep.numpy().tobytes()
         if key not in self._measured:
-            self._measured[key] = self._in_turns(unit, self.graph.all_kept(), keep)
+            try:
+                self._measured[key] = self._in_turns(unit, self.graph.all_kept(), keep)
+            except _FAILURES as error:  # the whole network has run
+                raise CompactionError(
+                    f"the network cannot run as narrow as the budget asks: {error}; ask for less, or add the layer "
+                    "that has to stay wide to keep="
+                ) from error
         return self._measured[key]
 
     def dense(self, unit: str) -> float:
@@ -248,7 +259,7 @@ class LayerCosts:
         for keep in self._levels(multiple):
             try:
                 rows.append(self._row(kind, keep))
-            except (StampFastError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            except _FAILURES as error:
                 if len(rows) > 1:
                     break
                 if not rows:
