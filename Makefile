@@ -98,6 +98,7 @@ bench-early: build
 
 bench-metapruning: build
 	$(BIN)/python -m benchmarks.metapruning $(ARGS)
+	$(BIN)/python -m benchmarks.metapruning --latencies
 	$(BIN)/python -m benchmarks.metapruning --table
 
 bench-budgets: build

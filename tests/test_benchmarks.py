@@ -211,7 +211,14 @@ def test_a_chosen_epoch_that_was_not_scanned_is_that_of_the_arm_that_cut_there()
         assert "which was not scanned" in early.render(MACHINE, [*dense, elsewhere], scans)
 
 
-def searched(accuracy: float, predicted: float, scores: list[float], seconds: float = 300.0, processes: int = 2) -> str:
+def searched(
+    accuracy: float,
+    predicted: float,
+    scores: list[float],
+    seconds: float = 300.0,
+    processes: int = 2,
+    again: float = 0.0,
+) -> str:
     common = {"kind": "arm", "network": "resnet18", "unit": "macs", "macs": 0.3, "latency": 0.5, "measured_ms": 10.0}
     common |= {"chosen_in": seconds, "processes": processes}
     found = [
@@ -223,6 +230,9 @@ def searched(accuracy: float, predicted: float, scores: list[float], seconds: fl
         found.append(
             {"kind": "genome", "network": "resnet18", "score": score, "accuracy": 0.8 + number / 100, "macs": -number}
         )
+    if again:
+        latency = {"latency": 0.25, "measured_ms": again}
+        found.append({"kind": "latency", "network": "resnet18", "unit": "macs", "arm": "MetaPruning"} | latency)
     return metapruning.render(MACHINE, found)
 
 
@@ -237,6 +247,8 @@ def test_the_page_of_searches_prints_wins_and_losses():
     assert "- met: MetaPruning is +1.00 points from uniform" in won
     assert "- **missed**: MetaPruning is +0.00 points from uniform" in lost
     assert "predicted +20% off" in lost
+    measured_again = searched(0.91, 9.5, [], again=19.0)
+    assert "predicted -50% off" in measured_again and "| 0.25 | 0.50 |" in measured_again
 
 
 def timed(
