@@ -9,7 +9,7 @@ import click
 from stamp_fast.errors import StampFastError
 from stamp_fast.methods import METHODS
 
-from .options import NEW_FILE, new_file
+from .options import NEW_FILE
 
 
 @click.command(short_help="Try it on handwritten digits that are shipped.")
@@ -31,7 +31,6 @@ from .options import NEW_FILE, new_file
     type=NEW_FILE,
     default="stamp_fast_demo.png",
     show_default=True,
-    callback=new_file,
     help="Where the figure goes.",
 )
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
@@ -54,6 +53,7 @@ def demo(
     except ModuleNotFoundError as error:
         raise click.ClickException(f"the demo needs {error.name}: pip install 'stamp_fast[demo]'") from error
     try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)  # what cannot be is said before the run
         run.run(
             method,
             budget=budget,

@@ -153,7 +153,8 @@ def test_errors_speak_of_options():
 def test_the_demo_says_what_is_wrong_like_the_others(stamp, tmp_path):
     pytest.importorskip("sklearn")
     quick = ("--epochs", "1", "--train-images", "64", "--no-progress", "--method", "magnitude")
-    missing = stamp("demo", *quick, "--output", str(tmp_path / "none" / "x.png"))
-    assert missing.exit_code == 2 and "there is no folder" in missing.stderr
+    (tmp_path / "file").write_text("")
+    blocked = stamp("demo", *quick, "--output", str(tmp_path / "file" / "x.png"))
+    assert blocked.exit_code == 1 and "File exists" in blocked.stderr
     result = stamp("demo", *quick, "--budget", "0.0001", "--output", str(tmp_path / "x.png"))
     assert result.exit_code == 1 and "out of reach" in result.stderr
