@@ -84,7 +84,7 @@ class Batches:
 
     def batch_size(self) -> int:
         """Examples in the first batch."""
-        return _examples(self.first)
+        return _examples(self._first)
 
     def take(self, count: int) -> Iterator[Any]:
         """`count` batches from the start, the loader begun anew as often as it takes."""
