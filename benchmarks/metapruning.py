@@ -125,11 +125,7 @@ def uniform(net: PruningNet, budget: Budget, network: str) -> torch.Tensor:
     graph = net.space.graph
 
     def at(share: int) -> torch.Tensor:
-        keep = graph.all_kept()
-        for group in graph.prunable:
-            left = max(1, round(share / 1000 * group.num_classes))
-            keep[group.classes.start + left : group.classes.stop] = False
-        return keep
+        return _first_channels(graph, [max(1, round(share / 1000 * group.num_classes)) for group in graph.prunable])
 
     return at(bisect.bisect_right(range(1, 1001), 1.0, key=lambda share: budget.used(graph, at(share))))
 

@@ -199,11 +199,11 @@ class LayerCosts:
         # Memory is of a training step too, and comes with it.
         kinds = ["latency"] * ("latency" in self.units) + ["train_step"] * bool({*self.units} - {"latency"})
         dense = {kind: self._work(kind, self.graph.all_kept()).recorded() for kind in kinds}
-        timed = {*self.units} != {"memory"}
-        signature = _signature(self.graph, dense, timed)
+        times_count = {*self.units} != {"memory"}
+        signature = _signature(self.graph, dense, times_count)
         found = self._known(signature)
         if found is None:
-            multiple = _multiple(list(dense.values()), self.graph.device) if timed else 1
+            multiple = _multiple(list(dense.values()), self.graph.device) if times_count else 1
             rows = {kind: self._rows(kind, multiple) for kind in kinds}
             found = {"costs": signature, "multiple": multiple, "rows": rows}
             if Processes().is_first:
